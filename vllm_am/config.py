@@ -1,0 +1,248 @@
+"""The one configuration object of KV compaction: every option, its default, its bounds.
+
+Filled from the command line (:mod:`vllm_am.engine.flags`) or from
+``LLM(additional_config={"kv_compaction": {...}})``, validated once, then passed around as a whole.
+Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vllm_am.compaction import METHODS
+
+#: Key of the options inside vLLM's ``additional_config``.
+CONFIG_KEY = "kv_compaction"
+
+#: Threshold (tokens) when the user names none: below about 4k tokens the KV cache of one sequence
+#: is small beside the weights, so there is little to win; ``resolve_threshold`` lowers it to half
+#: of ``max_model_len`` for short-context models, so that the flag is never a silent no-op.
+DEFAULT_THRESHOLD_TOKENS = 4096
+
+
+class CompactionConfigError(ValueError):
+    """An invalid option. The message names the flag and says how to mend it."""
+
+
+def parse_ratio(value: Any, name: str = "--kv-compaction-ratio") -> float:
+    """The fraction of the compacted KV that is kept: ``0.02``, ``"0.02"`` and ``"50x"`` are the same.
+
+    Raises:
+        CompactionConfigError: not a number, or outside (0, 1].
+    """
+    text = str(value).strip().lower()
+    try:
+        ratio = 1.0 / float(text[:-1]) if text.endswith("x") else float(text)
+    except (ValueError, ZeroDivisionError):
+        ratio = math.nan
+    if isinstance(value, bool) or not 0.0 < ratio <= 1.0:
+        raise CompactionConfigError(
+            f"{name}={value!r}: expected the fraction of the KV cache that is KEPT, a number in "
+            f"(0, 1] such as 0.1, or a factor such as 10x (which keeps a tenth)"
+        )
+    return ratio
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a sequence is compacted: exactly one of the two is set."""
+
+    tokens: int | None = None
+    """Uncompacted tokens that a sequence may hold."""
+    pool_share: float | None = None
+    """Share of the KV pool that may be in use before sequences are compacted, in (0, 1)."""
+
+    def __str__(self) -> str:
+        if self.tokens is not None:
+            return f"{self.tokens} tokens"
+        return f"{100 * (self.pool_share or 0):g}% of the KV pool"
+
+
+def parse_threshold(
+    value: Any, name: str = "--kv-compaction-threshold", allow_share: bool = True
+) -> Threshold:
+    """``4096`` (tokens per sequence) or ``"80%"`` (share of the KV pool in use).
+
+    Raises:
+        CompactionConfigError: neither form, or out of range.
+    """
+    text = str(value).strip()
+    if allow_share and text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = math.nan
+        if 0.0 < share < 1.0:
+            return Threshold(pool_share=share)
+    elif not isinstance(value, bool):
+        try:
+            tokens = int(text)
+        except ValueError:
+            tokens = 0
+        if tokens > 0:
+            return Threshold(tokens=tokens)
+    share_hint = " or a share of the KV pool such as 80%" if allow_share else ""
+    raise CompactionConfigError(
+        f"{name}={value!r}: expected a positive number of tokens such as 4096{share_hint}"
+    )
+
+
+@dataclass(frozen=True)
+class CompactionConfig:
+    """Options of KV compaction. Units and defaults are documented in the README's table."""
+
+    ratio: float = 0.1
+    """Fraction of the keys of a compacted span that is kept, per KV head; in (0, 1]."""
+    threshold: int | str | None = None
+    """Tokens per sequence, or ``"80%"`` of the KV pool; None: :data:`DEFAULT_THRESHOLD_TOKENS`."""
+    method: str = "highest-attention"
+    """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
+    reference_queries: int = 8192
+    """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
+    query_pool_share: float = 1 / 32
+    """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
+    heldout_share: float = 1 / 8
+    """Share of the reference queries that is kept out of the fit, to measure its error on."""
+    recent_tokens: int = 64
+    """The most recent tokens of a sequence, which stay exact."""
+    protected_tokens: int = 4
+    """The first tokens of a sequence, which stay exact (attention sinks); whole blocks."""
+    min_span_tokens: int = 256
+    """Shortest span worth compacting when the threshold is a share of the pool."""
+    max_span_tokens: int = 16384
+    """Longest span fitted as one problem; longer ones become several segments."""
+    layer_tokens_per_step: int = 262144
+    """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> CompactionConfig:
+        """Validate and normalise user options.
+
+        Raises:
+            CompactionConfigError: unknown option, wrong type, or a value out of range.
+        """
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise CompactionConfigError(
+                f"--kv-compaction-config: unknown option {unknown[0]!r}; "
+                f"the options are {', '.join(sorted(known))}"
+            )
+        values: dict[str, Any] = dict(options)
+        if "ratio" in values:
+            values["ratio"] = parse_ratio(values["ratio"])
+        if values.get("threshold") is not None:
+            threshold = parse_threshold(values["threshold"])
+            values["threshold"] = (
+                threshold.tokens
+                if threshold.tokens is not None
+                else str(values["threshold"]).strip()
+            )
+        config = cls(**values)
+        config._validate()
+        return config
+
+    def _validate(self) -> None:
+        if self.method not in METHODS:
+            raise CompactionConfigError(
+                f"--kv-compaction-config method={self.method!r}: the methods are "
+                f"{', '.join(sorted(METHODS))}"
+            )
+        whole = {
+            "reference_queries": 1,
+            "recent_tokens": 1,
+            "protected_tokens": 0,
+            "min_span_tokens": 1,
+            "max_span_tokens": 1,
+            "layer_tokens_per_step": 1,
+        }
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={value!r}: expected a whole number >= {least}"
+                )
+        for name, low, high in (("query_pool_share", 0.0, 1.0), ("heldout_share", 0.0, 0.5)):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not low <= value <= high
+            ):
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={value!r}: expected a number in "
+                    f"[{low:g}, {high:g}]"
+                )
+        if self.min_span_tokens > self.max_span_tokens:
+            raise CompactionConfigError(
+                f"--kv-compaction-config min_span_tokens={self.min_span_tokens}: must not exceed "
+                f"max_span_tokens={self.max_span_tokens}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, accepted by :meth:`from_dict`; what travels to every vLLM process."""
+        return asdict(self)
+
+    def resolve_threshold(self, max_model_len: int, block_size: int) -> Threshold:
+        """The threshold for this model.
+
+        Raises:
+            CompactionConfigError: a threshold at which no sequence could ever be compacted, or
+                below what stays exact anyway.
+        """
+        if self.threshold is None:
+            return Threshold(tokens=min(DEFAULT_THRESHOLD_TOKENS, max(1, max_model_len // 2)))
+        threshold = parse_threshold(self.threshold)
+        if threshold.tokens is not None:
+            if threshold.tokens >= max_model_len:
+                raise CompactionConfigError(
+                    f"--kv-compaction-threshold={threshold.tokens}: not below --max-model-len "
+                    f"({max_model_len}), so no sequence would ever be compacted; lower it"
+                )
+            exact = self.recent_tokens + self.protected_tokens + 2 * block_size
+            if threshold.tokens < exact:
+                raise CompactionConfigError(
+                    f"--kv-compaction-threshold={threshold.tokens}: below the {exact} tokens that "
+                    f"stay exact (recent_tokens + protected_tokens + two blocks of {block_size}); "
+                    f"raise it, or lower recent_tokens in --kv-compaction-config"
+                )
+        return threshold
+
+
+@dataclass(frozen=True)
+class RequestOverrides:
+    """What one request may change, through ``vllm_xargs`` / ``SamplingParams.extra_args``."""
+
+    enabled: bool = True
+    ratio: float | None = None
+    threshold_tokens: int | None = None
+
+    FIELDS = ("kv_compaction", "kv_compaction_ratio", "kv_compaction_threshold")
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestOverrides:
+        """Raises :class:`CompactionConfigError` naming the field."""
+        if not extra_args:
+            return cls()
+        unknown = [
+            k for k in extra_args if str(k).startswith("kv_compaction") and k not in cls.FIELDS
+        ]
+        if unknown:
+            raise CompactionConfigError(
+                f"{unknown[0]}: unknown field; the fields are {', '.join(cls.FIELDS)}"
+            )
+        mode = extra_args.get("kv_compaction", "on")
+        if mode not in ("on", "off"):
+            raise CompactionConfigError(f"kv_compaction={mode!r}: expected 'on' or 'off'")
+        ratio = extra_args.get("kv_compaction_ratio")
+        threshold = extra_args.get("kv_compaction_threshold")
+        return cls(
+            enabled=mode == "on",
+            ratio=None if ratio is None else parse_ratio(ratio, "kv_compaction_ratio"),
+            threshold_tokens=None
+            if threshold is None
+            else parse_threshold(threshold, "kv_compaction_threshold", allow_share=False).tokens,
+        )

@@ -1,0 +1,146 @@
+"""The command line: ``--kv-compaction`` and its companions.
+
+vLLM symbols touched: ``engine.arg_utils.EngineArgs.add_cli_args`` and ``.from_cli_args`` are
+wrapped. Why: vLLM has no extension point for a plugin's own flags; both are looked up on the class
+after plugins are loaded. They only add; without ``--kv-compaction`` nothing else changes. This can
+go when vLLM lets plugins register argument groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_am.config import (
+    CONFIG_KEY,
+    DEFAULT_THRESHOLD_TOKENS,
+    CompactionConfig,
+    CompactionConfigError,
+    parse_ratio,
+    parse_threshold,
+)
+
+METHOD_NAME = "attention-matching"
+
+
+def _checked(parse: Any) -> Any:
+    """``parse`` for argparse, which prints the message of an ArgumentTypeError and the usage."""
+
+    def convert(text: str) -> Any:
+        try:
+            parse(text)
+        except CompactionConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return convert
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"--kv-compaction-config: not valid JSON ({error})"
+        ) from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"--kv-compaction-config: expected a JSON object, got {text}"
+        )
+    return value
+
+
+def add_flags(parser: Any) -> Any:
+    """Add our argument group to ``parser``."""
+    group = parser.add_argument_group(
+        title="KV compaction (vllm-am)",
+        description="Compact the KV cache of long sequences in place by Attention Matching.",
+    )
+    group.add_argument(
+        "--kv-compaction",
+        choices=["none", METHOD_NAME],
+        default="none",
+        help="Compact the KV cache of sequences that cross the threshold, and give the freed "
+        "blocks back to the pool.",
+    )
+    group.add_argument(
+        "--kv-compaction-ratio",
+        type=_checked(parse_ratio),
+        default=None,
+        help="Fraction of the compacted KV that is KEPT, in (0, 1]; '50x' is the same as 0.02. "
+        "(Some libraries count the fraction removed.) Default: "
+        f"{CompactionConfig.ratio:g}.",
+    )
+    group.add_argument(
+        "--kv-compaction-threshold",
+        type=_checked(parse_threshold),
+        default=None,
+        help="Uncompacted tokens that a sequence may hold before it is compacted, such as 4096; "
+        "or a share of the KV pool, such as '80%%': sequences are then compacted when more of "
+        "the pool is in use, longest first, instead of being preempted. Default: "
+        f"{DEFAULT_THRESHOLD_TOKENS}, or half of --max-model-len if that is less.",
+    )
+    group.add_argument(
+        "--kv-compaction-config",
+        type=_json_object,
+        default=None,
+        metavar="JSON",
+        help="All other options as a JSON object, e.g. '{\"recent_tokens\": 128}'; see the "
+        "README's table.",
+    )
+    return parser
+
+
+def options_from_args(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The normalised options, or None when compaction is off.
+
+    Raises:
+        CompactionConfigError: a companion flag without ``--kv-compaction``, the same option given
+            twice, or an invalid value.
+    """
+    named = {
+        "ratio": getattr(args, "kv_compaction_ratio", None),
+        "threshold": getattr(args, "kv_compaction_threshold", None),
+    }
+    more: dict[str, Any] | None = getattr(args, "kv_compaction_config", None)
+    given = {name: value for name, value in named.items() if value is not None}
+    if getattr(args, "kv_compaction", "none") == "none":
+        if given or more is not None:
+            flag = f"--kv-compaction-{next(iter(given), 'config')}"
+            raise CompactionConfigError(
+                f"{flag} has no effect without --kv-compaction {METHOD_NAME}; add it"
+            )
+        return None
+    if twice := sorted(set(given) & set(more or {})):
+        raise CompactionConfigError(
+            f"--kv-compaction-{twice[0]} is also given in --kv-compaction-config; drop one"
+        )
+    return CompactionConfig.from_dict({**(more or {}), **given}).to_dict()
+
+
+def install() -> None:
+    """Wrap ``EngineArgs`` so that the flags exist and reach ``additional_config``."""
+    original_add = EngineArgs.add_cli_args
+    original_from = EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(original_add)
+    def add_cli_args(parser: Any) -> Any:
+        return add_flags(original_add(parser))
+
+    @functools.wraps(original_from)
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args = original_from(cls, args)
+        options = options_from_args(args)
+        if options is not None:
+            engine_args.additional_config = {
+                **(engine_args.additional_config or {}),
+                CONFIG_KEY: options,
+            }
+        return engine_args
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    EngineArgs.from_cli_args = classmethod(from_cli_args)

@@ -1,0 +1,95 @@
+"""Numbers derived once from vLLM's configuration and ours, the same in every process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.config import VllmConfig
+
+from vllm_am.config import CONFIG_KEY, CompactionConfig, Threshold
+from vllm_am.engine.planner import Planner, ceil_div
+
+#: Bytes of one slot's bias (float32) per layer and KV head.
+BIAS_BYTES = 4
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What scheduler, workers and startup checks must agree on (tokens unless said otherwise)."""
+
+    config: CompactionConfig
+    threshold: Threshold
+    block_size: int
+    max_model_len: int
+    num_layers: int
+    """Layers of one pipeline stage."""
+    queries_per_kv: int
+    """Query heads per KV head (the GQA group size)."""
+    in_flight_tokens: int
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
+        """Raises :class:`~vllm_am.config.CompactionConfigError` for a threshold that cannot work."""
+        config = CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        block_size = vllm_config.cache_config.block_size
+        heads = model.get_num_attention_heads(parallel)
+        return cls(
+            config=config,
+            threshold=config.resolve_threshold(model.max_model_len, block_size),
+            block_size=block_size,
+            max_model_len=model.max_model_len,
+            num_layers=max(1, model.get_num_layers(parallel)),
+            queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
+            in_flight_tokens=vllm_config.max_in_flight_tokens,
+        )
+
+    def planner(self, num_blocks: int) -> Planner:
+        """The policy for a pool of ``num_blocks`` usable blocks."""
+        return Planner(
+            threshold=self.threshold,
+            block_size=self.block_size,
+            num_blocks=num_blocks,
+            recent_tokens=self.config.recent_tokens,
+            min_span_tokens=self.config.min_span_tokens,
+            max_span_tokens=self.config.max_span_tokens,
+        )
+
+    @property
+    def peak_tokens(self) -> int:
+        """See :meth:`Planner.peak_tokens`."""
+        return self.planner(0).peak_tokens(
+            self.config.ratio, self.max_model_len, self.in_flight_tokens
+        )
+
+    @property
+    def protected_tokens(self) -> int:
+        """The protected prefix, in whole blocks."""
+        return ceil_div(self.config.protected_tokens, self.block_size) * self.block_size
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens whose fit, over all layers, is one step's work."""
+        return max(self.block_size, self.config.layer_tokens_per_step // self.num_layers)
+
+    @property
+    def sample_positions(self) -> int:
+        """Token positions that give ``reference_queries`` queries per KV head."""
+        return ceil_div(self.config.reference_queries, self.queries_per_kv)
+
+    def query_pool_positions(self, num_blocks: int) -> int:
+        """Token positions the query pool holds: its share, but enough for one sequence."""
+        pool_tokens = num_blocks * self.block_size
+        one = min(2 * self.sample_positions, self.max_model_len, pool_tokens)
+        return max(one, int(self.config.query_pool_share * pool_tokens))
+
+    def kv_share_of_memory(self, head_size: int, element_bytes: int) -> float:
+        """Share of the available memory that is left for keys and values.
+
+        The rest is the bias (one float32 per slot beside 2 x head_size elements) and the query
+        pool (query_pool_share positions per token, queries_per_kv vectors beside a key and a
+        value).
+        """
+        bias = BIAS_BYTES / (2 * head_size * element_bytes)
+        queries = self.config.query_pool_share * self.queries_per_kv / 2
+        return 1 / (1 + bias + queries)

@@ -1,0 +1,89 @@
+"""What the scheduler tells the workers about compaction each step, and what they report back.
+
+Plain picklable dataclasses: they ride on vLLM's ``SchedulerOutput`` (attribute
+:data:`STEP_ATTRIBUTE`) and ``ModelRunnerOutput`` (:data:`REPORTS_ATTRIBUTE`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+STEP_ATTRIBUTE = "kv_compaction"
+REPORTS_ATTRIBUTE = "kv_compaction_reports"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A compacted span of one sequence: tokens [start, end) now held in ``slots`` slots per head."""
+
+    start: int
+    end: int
+    slots: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FitSlice:
+    """One step's share of a compaction: fit layers ``part``/``parts`` of the span into its blocks.
+
+    The source blocks are only read and the target blocks belong to nobody else, so the sequence
+    goes on decoding on its exact KV until the scheduler has seen the report and commits.
+    """
+
+    job_id: int
+    request_id: str
+    segment: Segment
+    """The target: its ``block_ids`` are freshly allocated blocks."""
+    source_block_ids: tuple[int, ...]
+    query_slots: np.ndarray
+    """int64 [n]: slots of the query pool that hold the reference queries of this sequence."""
+    method: str
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class Activation:
+    """From this step on the sequence attends to these segments instead of their tokens' blocks."""
+
+    request_id: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class QuerySample:
+    """Queries of this step that go into the pool: token offsets within the request's new tokens."""
+
+    offsets: np.ndarray
+    """int64 [n]: offset from the request's first token scheduled in this step."""
+    slots: np.ndarray
+    """int64 [n]: destination slots in the query pool."""
+
+
+@dataclass
+class CompactionStep:
+    """Everything the workers need to know for one engine step; empty for most steps."""
+
+    activations: list[Activation] = field(default_factory=list)
+    fits: list[FitSlice] = field(default_factory=list)
+    samples: dict[str, QuerySample] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.activations or self.fits or self.samples)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """The outcome of a whole compaction (all its slices), the same on every rank."""
+
+    job_id: int
+    failure: str | None
+    """None, or why the fit was rejected (a label of the failure metric)."""
+    output_error: float
+    """Mean relative error of the attention output on held-out queries, over layers and heads."""
+    mass_error: float
+    """Mean relative error of the attention mass on held-out queries."""
+    seconds: float
+    """Time the worker spent fitting."""

@@ -1,0 +1,148 @@
+"""When a sequence is compacted, and which span: pure policy, no vLLM.
+
+As late as memory allows: a prompt that fits in the pool is compacted once its prefill is complete,
+so that its last tokens (the question) are among the reference queries; a prompt that does not fit
+is compacted as it goes. Every token is compacted once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vllm_am.config import Threshold
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """What the planner knows of a running sequence (all counts in tokens)."""
+
+    request_id: str
+    computed: int
+    """Tokens whose KV is certain: never rolled back by rejected drafts or pending samples."""
+    prompt: int
+    compacted_end: int
+    """End of the last compacted segment, or the protected prefix where there is none."""
+    exact_tokens: int
+    """Tokens held uncompacted (protected prefix and everything after the last segment)."""
+    ratio: float
+    threshold_tokens: int | None
+    """The request's own threshold, or the engine's; None when that is a share of the pool."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of a sequence, to be held in ``slots`` slots per head."""
+
+    request_id: str
+    start: int
+    end: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The policy, with everything it depends on that does not change while serving."""
+
+    threshold: Threshold
+    block_size: int
+    num_blocks: int
+    recent_tokens: int
+    min_span_tokens: int
+    max_span_tokens: int
+
+    def span_blocks(self, tokens: int, ratio: float) -> int:
+        """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
+        return ceil_div(slots_for(tokens, ratio), self.block_size)
+
+    def peak_tokens(self, ratio: float, max_model_len: int, in_flight_tokens: int) -> int:
+        """Most tokens' worth of slots a sequence of ``max_model_len`` needs at any time.
+
+        What the startup check on ``max_model_len`` and the admission of a request count with:
+        the uncompacted tokens at the moment a compaction is due, the tokens computed until it
+        takes effect (two steps' worth), the block-rounded segments so far, and the target of the
+        segment being fitted. Never more than the sequence itself.
+        """
+        trigger = self.threshold.tokens or self.min_span_tokens + self.recent_tokens
+        # A step with the fit and a step until its report is seen go by before blocks come back.
+        exact = trigger + 2 * in_flight_tokens + 2 * self.block_size
+        segment = max(self.block_size, trigger - self.recent_tokens)
+        segments = ceil_div(max_model_len, segment)
+        compacted = segments * self.span_blocks(segment, ratio) * self.block_size
+        target = self.span_blocks(exact, ratio) * self.block_size
+        return min(max_model_len, exact + compacted + target)
+
+    def spans(self, sequences: Iterable[SequenceView], free_blocks: int) -> Iterator[Span]:
+        """Spans to compact now, most urgent first; the caller takes as many as it can place."""
+        if self.threshold.tokens is not None:
+            due = [s for s in sequences if self._over_threshold(s)]
+        else:
+            due = self._under_pressure(list(sequences), free_blocks)
+        for sequence in due:
+            if self._can_wait(sequence, free_blocks):
+                continue
+            span = self.next_span(sequence, free_blocks)
+            if span is not None:
+                free_blocks -= ceil_div(span.slots, self.block_size)
+                yield span
+
+    def _over_threshold(self, sequence: SequenceView) -> bool:
+        limit = sequence.threshold_tokens
+        return limit is not None and sequence.exact_tokens > limit
+
+    def _under_pressure(
+        self, sequences: list[SequenceView], free_blocks: int
+    ) -> list[SequenceView]:
+        """Longest uncompacted sequences first, until the pool would be below its threshold."""
+        excess = (
+            self.num_blocks - free_blocks - int((self.threshold.pool_share or 0) * self.num_blocks)
+        )
+        due = [s for s in sequences if self._over_threshold(s)]
+        rest = [s for s in sequences if s.threshold_tokens is None]
+        for sequence in sorted(rest, key=lambda s: -s.exact_tokens):
+            if excess <= 0:
+                break
+            span = self.next_span(sequence, free_blocks)
+            if span is None or span.end - span.start < self.min_span_tokens:
+                continue
+            due.append(sequence)
+            raw = (span.end - span.start) // self.block_size
+            excess -= raw - ceil_div(span.slots, self.block_size)
+        return due
+
+    def _can_wait(self, sequence: SequenceView, free_blocks: int) -> bool:
+        """Still in prefill, and the rest of the prompt and its compaction fit beside it."""
+        missing = sequence.prompt - sequence.computed
+        if missing <= 0:
+            return False
+        target = self.span_blocks(sequence.prompt - sequence.compacted_end, sequence.ratio)
+        return ceil_div(missing, self.block_size) + 1 + target <= free_blocks
+
+    def next_span(self, sequence: SequenceView, free_blocks: int) -> Span | None:
+        """The span after the last segment, as long as allowed and as the free blocks can hold."""
+        size = self.block_size
+        start = sequence.compacted_end
+        end = (sequence.computed - self.recent_tokens) // size * size
+        end = min(end, start + max(size, self.max_span_tokens // size * size))
+        if sequence.ratio < 1 and end > start:
+            # In a full pool a shorter span still makes progress: one free block takes
+            # block_size / ratio tokens, and gives back 1 / ratio blocks.
+            end = min(end, start + int(free_blocks * size / sequence.ratio) // size * size)
+        if end <= start:
+            return None
+        slots = slots_for(end - start, sequence.ratio)
+        blocks = ceil_div(slots, size)
+        if blocks > free_blocks or (sequence.ratio < 1 and blocks >= (end - start) // size):
+            return None
+        return Span(sequence.request_id, start, end, slots)
+
+
+def slots_for(tokens: int, ratio: float) -> int:
+    """Slots per head that a span is compacted to: ceil(ratio * tokens)."""
+    # The tiny slack keeps ceil from counting the rounding error of e.g. 0.1 * 1000.
+    return min(tokens, max(1, math.ceil(ratio * tokens - 1e-9 * tokens)))

@@ -1,0 +1,131 @@
+"""Which queries are kept as reference queries, and in which slot (context-prefill, algorithm §2.1).
+
+The queries themselves live on the workers, in a tensor of ``capacity`` token positions per layer.
+The scheduler decides on the host which positions go where, from token positions and block ids
+alone: no device synchronisation, the same decision for every layer, head, TP rank and PP stage.
+
+A sample belongs to the *physical block* that holds its token's KV. So it lives exactly as long as
+that KV: a prefix-cache hit brings the queries of the cached prefix along, and a block that is
+handed out again forgets them. Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+_MIX_1 = np.uint64(0x9E3779B97F4A7C15)
+_MIX_2 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_3 = np.uint64(0x94D049BB133111EB)
+
+
+def position_priority(positions: np.ndarray) -> np.ndarray:
+    """A fixed pseudo-random number in [0, 1) for every token position (splitmix64 finaliser).
+
+    Thresholding it draws a uniform sample of the positions that needs no state, and that is the
+    same when a preempted request is computed again.
+    """
+    with np.errstate(over="ignore"):
+        x = positions.astype(np.uint64) * _MIX_1 + _MIX_1
+        x = (x ^ (x >> np.uint64(30))) * _MIX_2
+        x = (x ^ (x >> np.uint64(27))) * _MIX_3
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+class QueryPool:
+    """Book-keeping of sampled query positions by physical block.
+
+    Args:
+        capacity: token positions that the workers' tensors can hold.
+        block_size: tokens per KV block.
+        max_positions: longest sequence (``max_model_len``).
+        is_live: whether a block id is in use by a request; samples of other blocks (cached
+            prefixes nobody uses now) are given up first, oldest first, when the pool is full.
+    """
+
+    def __init__(
+        self, capacity: int, block_size: int, max_positions: int, is_live: Callable[[int], bool]
+    ) -> None:
+        self.capacity = capacity
+        self.block_size = block_size
+        self._priority = position_priority(np.arange(max_positions, dtype=np.int64))
+        self._is_live = is_live
+        self._free = list(range(capacity - 1, -1, -1))
+        self._samples: OrderedDict[int, dict[int, int]] = OrderedDict()  # block -> {offset: slot}
+
+    @property
+    def used(self) -> int:
+        """Positions held at present."""
+        return self.capacity - len(self._free)
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """These blocks were handed out anew: what they held before is gone."""
+        for block_id in block_ids:
+            if samples := self._samples.pop(block_id, None):
+                self._free.extend(samples.values())
+
+    def sample(
+        self,
+        block_id_of: Callable[[int], int],
+        start: int,
+        count: int,
+        rate: float,
+        always_from: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose among the token positions [start, start + count) of a sequence.
+
+        Args:
+            block_id_of: from logical block index to the id of the block that holds it.
+            start, count: the tokens computed in this step.
+            rate: probability that a position is kept.
+            always_from: positions from here on are kept in any case (end of the prompt).
+
+        Returns:
+            offsets from ``start`` and slots, both int64 [n]; n is less than wanted when the pool
+            is full of live samples.
+        """
+        keep = self._priority[start : start + count] < rate
+        keep[max(0, always_from - start) :] = True
+        wanted = start + np.flatnonzero(keep)
+        if len(wanted) > len(self._free):
+            self._evict(len(wanted) - len(self._free))
+            if len(wanted) > len(self._free):
+                # Thin evenly rather than keep only the beginning.
+                index = np.linspace(0, len(wanted) - 1, len(self._free)).astype(np.int64)
+                wanted = wanted[np.unique(index)] if len(self._free) else wanted[:0]
+        slots = np.empty(len(wanted), dtype=np.int64)
+        for i, position in enumerate(wanted.tolist()):
+            block, offset = divmod(position, self.block_size)
+            samples = self._samples.setdefault(block_id_of(block), {})
+            slot = samples.get(offset)
+            if slot is None:
+                slot = samples[offset] = self._free.pop()
+            slots[i] = slot
+        return wanted - start, slots
+
+    def slots(self, block_ids: Iterable[int]) -> np.ndarray:
+        """Slots of all samples of these blocks, in position order; int64 [n]."""
+        found: list[int] = []
+        for block_id in block_ids:
+            if samples := self._samples.get(block_id):
+                self._samples.move_to_end(block_id)
+                found.extend(samples[offset] for offset in sorted(samples))
+        return np.asarray(found, dtype=np.int64)
+
+    def _evict(self, count: int) -> None:
+        for block_id in list(self._samples):
+            if count <= 0:
+                return
+            if not self._is_live(block_id):
+                samples = self._samples.pop(block_id)
+                self._free.extend(samples.values())
+                count -= len(samples)
+
+    def check(self) -> None:
+        """Every slot is free or belongs to exactly one sample (debugging, tests)."""
+        held = [slot for samples in self._samples.values() for slot in samples.values()]
+        if sorted(held + self._free) != list(range(self.capacity)):
+            raise AssertionError("query pool slots leaked or were handed out twice")

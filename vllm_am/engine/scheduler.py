@@ -1,0 +1,406 @@
+"""Compaction inside vLLM's scheduler: plan, send the work, see the report, swap the blocks.
+
+vLLM symbols touched (subclassed, selected through ``scheduler_config.scheduler_cls``):
+``v1.core.sched.scheduler.Scheduler`` and ``v1.core.sched.async_scheduler.AsyncScheduler``, their
+``schedule``, ``update_from_output``, ``make_stats``, ``_free_request_blocks``,
+``_request_blocks_can_be_freed``.
+
+A compaction takes three steps of the engine, in which the sequence goes on as before:
+
+1. *plan*: blocks for the compacted span are reserved; the fit is sent to the workers, cut into
+   slices of layers when it is long;
+2. *report*: the workers say whether the fit succeeded on every rank, and its held-out error;
+3. *commit*: the segment takes the place of its tokens' blocks, and those return to the pool in
+   time for the same step's allocations. A failed fit only returns the reserved blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_am.config import CONFIG_KEY, CompactionConfig, RequestOverrides
+from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.messages import (
+    REPORTS_ATTRIBUTE,
+    STEP_ATTRIBUTE,
+    Activation,
+    CompactionStep,
+    FitReport,
+    FitSlice,
+    QuerySample,
+    Segment,
+)
+from vllm_am.engine.metrics import CompactionStats
+from vllm_am.engine.planner import SequenceView, Span, ceil_div
+from vllm_am.engine.query_pool import QueryPool
+from vllm_am.engine.spec import CompactingManager
+
+logger = init_logger("vllm.kv_compaction")
+
+#: Positions at the end of a prompt that are always sampled: the question, where there is one.
+PROMPT_TAIL_POSITIONS = 64
+
+
+@dataclass
+class Job:
+    """A compaction under way."""
+
+    job_id: int
+    request: Request
+    segment: Segment
+    source_block_ids: tuple[int, ...]
+    parts: int
+    issued: int = 0
+    report: FitReport | None = None
+
+
+@dataclass
+class SequenceOptions:
+    """What compaction keeps per request while it is known to the scheduler."""
+
+    enabled: bool
+    ratio: float
+    threshold_tokens: int | None
+    sample_rate: float
+    not_before: int = 0
+    """After a failed fit: tokens that must have been computed before it is tried again."""
+
+
+@dataclass
+class CompactionState:
+    """The scheduler's compaction state, in one place."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    options: dict[str, SequenceOptions] = field(default_factory=dict)
+    stats: CompactionStats = field(default_factory=CompactionStats)
+    totals: CompactionStats = field(default_factory=CompactionStats)
+    next_job_id: int = 0
+    hold_preemption: bool = False
+
+
+class CompactionSchedulerMixin(Scheduler):
+    """Adds compaction to a vLLM scheduler class; see the module docstring."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compaction_config = CompactionConfig.from_dict(
+            self.vllm_config.additional_config[CONFIG_KEY]
+        )
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
+            raise NotImplementedError(
+                "--kv-compaction: every attention layer of the model must be a full-attention "
+                "layer served by the compacting manager; this model has "
+                f"{[type(m.kv_cache_spec).__name__ for m in managers]}"
+            )
+        self.compacting_manager: CompactingManager = managers[0]
+        pool = self.kv_cache_manager.block_pool
+        limits = EngineLimits.from_vllm_config(self.vllm_config)
+        self.compaction_limits = limits
+        self.planner = limits.planner(pool.num_gpu_blocks - 1)
+        self.query_pool = QueryPool(
+            capacity=limits.query_pool_positions(pool.num_gpu_blocks),
+            block_size=limits.block_size,
+            max_positions=self.max_model_len + self.num_lookahead_tokens + 1,
+            is_live=lambda block_id: pool.blocks[block_id].ref_cnt > 0,
+        )
+        self.compaction = CompactionState()
+
+    # -- one engine step ------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        step = CompactionStep()
+        self._commit_reported(step)
+        self._start_jobs()
+        step.fits.extend(self._issue_slices())
+        # While blocks are about to come back, wait for them rather than throw a sequence out.
+        self.compaction.hold_preemption = bool(self.compaction.jobs)
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.compaction.hold_preemption = False
+        # A request preempted in this very step lost its compacted state and its jobs again.
+        step.activations = [
+            a for a in step.activations if a.request_id in self.compacting_manager.compacted
+        ]
+        step.fits = [f for f in step.fits if f.request_id in self.compaction.jobs]
+        self._sample_queries(output, step)
+        if step:
+            setattr(output, STEP_ATTRIBUTE, step)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
+            for job in self.compaction.jobs.values():
+                if job.job_id == report.job_id:
+                    job.report = report
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    # -- plan -----------------------------------------------------------------------------------
+
+    def _start_jobs(self) -> None:
+        """Reserve blocks for the spans that are due, as many as one step's work bound admits."""
+        views = [v for r in self.running if (v := self._view(r)) is not None]
+        if not views:
+            return
+        pool = self.kv_cache_manager.block_pool
+        in_work = sum(j.segment.end - j.segment.start for j in self.compaction.jobs.values())
+        for span in self.planner.spans(views, pool.get_num_free_blocks()):
+            if in_work and (in_work + span.end - span.start) > self.compaction_limits.step_tokens:
+                break
+            in_work += span.end - span.start
+            self._start_job(span)
+
+    def _start_job(self, span: Span) -> None:
+        reserved = self.compacting_manager.reserve_target(self.compaction.next_job_id, span)
+        if reserved is None:
+            return
+        segment, source = reserved
+        self.query_pool.forget(segment.block_ids)
+        job = Job(
+            self.compaction.next_job_id,
+            self.requests[span.request_id],
+            segment,
+            source,
+            parts=min(
+                self.compaction_limits.num_layers,
+                ceil_div(span.end - span.start, self.compaction_limits.step_tokens),
+            ),
+        )
+        self.compaction.next_job_id += 1
+        self.compaction.jobs[span.request_id] = job
+
+    def _view(self, request: Request) -> SequenceView | None:
+        options = self._options(request)
+        if not options.enabled or request.request_id in self.compaction.jobs:
+            return None
+        # Certain tokens only: not the placeholders of async scheduling, nor unverified drafts.
+        computed = (
+            request.num_computed_tokens - request.num_output_placeholders - self.num_spec_tokens
+        )
+        if computed < options.not_before:
+            return None
+        segments = self.compacting_manager.segments(request.request_id)
+        protected = self.compaction_limits.protected_tokens
+        end = segments[-1].end if segments else protected
+        return SequenceView(
+            request.request_id,
+            computed=computed,
+            prompt=request.num_prompt_tokens,
+            compacted_end=end,
+            exact_tokens=computed - end + protected,
+            ratio=options.ratio,
+            threshold_tokens=options.threshold_tokens,
+        )
+
+    def _options(self, request: Request) -> SequenceOptions:
+        options = self.compaction.options.get(request.request_id)
+        if options is None:
+            params = request.sampling_params
+            overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
+            config = self.compaction_config
+            sampled_over = max(request.num_prompt_tokens, self.planner.threshold.tokens or 1)
+            options = SequenceOptions(
+                enabled=overrides.enabled,
+                ratio=overrides.ratio or config.ratio,
+                threshold_tokens=overrides.threshold_tokens or self.planner.threshold.tokens,
+                sample_rate=self.compaction_limits.sample_positions / sampled_over,
+            )
+            self.compaction.options[request.request_id] = options
+        return options
+
+    # -- send the work --------------------------------------------------------------------------
+
+    def _issue_slices(self) -> Iterator[FitSlice]:
+        """The next slices, oldest job first, within the work bound of one step (one at least)."""
+        budget = self.compaction_limits.step_tokens
+        for job in self.compaction.jobs.values():
+            cost = ceil_div(job.segment.end - job.segment.start, job.parts)
+            while job.issued < job.parts and budget > 0:
+                budget -= cost
+                yield FitSlice(
+                    job.job_id,
+                    job.request.request_id,
+                    job.segment,
+                    job.source_block_ids,
+                    self._reference_queries(job),
+                    self.compaction_config.method,
+                    part=job.issued,
+                    parts=job.parts,
+                )
+                job.issued += 1
+
+    def _reference_queries(self, job: Job) -> Any:
+        """All queries sampled so far at or after the start of the span (context-prefill)."""
+        blocks = self.compacting_manager.req_to_blocks[job.request.request_id]
+        first = job.segment.start // self.compaction_limits.block_size
+        return self.query_pool.slots(b.block_id for b in blocks[first:])
+
+    def _sample_queries(self, output: SchedulerOutput, step: CompactionStep) -> None:
+        """Choose which queries of this step are kept, after blocks that changed hands forgot."""
+        size = self.compaction_limits.block_size
+        for new in output.scheduled_new_reqs:
+            self.query_pool.forget(new.block_ids[0][new.num_computed_tokens // size :])
+        cached = output.scheduled_cached_reqs
+        for request_id, ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if ids is not None:
+                fresh = computed // size if request_id in cached.resumed_req_ids else 0
+                self.query_pool.forget(ids[0][fresh:])
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            options = self._options(request)
+            if not options.enabled:
+                continue
+            blocks = self.compacting_manager.req_to_blocks[request_id]
+            offsets, slots = self.query_pool.sample(
+                lambda index, blocks=blocks: blocks[index].block_id,  # type: ignore[misc]
+                start=request.num_computed_tokens - count,
+                count=count,
+                rate=options.sample_rate,
+                always_from=max(0, request.num_prompt_tokens - PROMPT_TAIL_POSITIONS)
+                if request.num_computed_tokens <= request.num_prompt_tokens
+                else request.num_computed_tokens,
+            )
+            if len(slots):
+                step.samples[request_id] = QuerySample(offsets, slots)
+
+    # -- see the report, swap the blocks --------------------------------------------------------
+
+    def _commit_reported(self, step: CompactionStep) -> None:
+        for request_id, job in list(self.compaction.jobs.items()):
+            if job.report is None:
+                continue
+            del self.compaction.jobs[request_id]
+            if job.report.failure is None:
+                self._commit(job, job.report)
+                step.activations.append(
+                    Activation(request_id, self.compacting_manager.segments(request_id))
+                )
+            else:
+                self._give_up(job, job.report.failure)
+
+    def _commit(self, job: Job, report: FitReport) -> None:
+        request_id, segment = job.request.request_id, job.segment
+        pool = self.kv_cache_manager.block_pool
+        held = self.compacting_manager.held_blocks(request_id)
+        free = pool.get_num_free_blocks()
+        self.compacting_manager.commit(job.job_id, request_id, segment)
+        tokens = segment.end - segment.start
+        freed = held - self.compacting_manager.held_blocks(request_id)
+        returned = pool.get_num_free_blocks() - free
+        self._count(
+            CompactionStats.one(
+                tokens=tokens,
+                slots=segment.slots,
+                blocks_freed=freed,
+                seconds=report.seconds,
+                output_error=report.output_error,
+                mass_error=report.mass_error,
+            )
+        )
+        logger.info(
+            "KV compaction: request %s, tokens [%d, %d): %d tokens -> %d slots per head (%.1fx), "
+            "%d -> %d blocks (%d freed%s), %.0f ms, held-out error: output %.3f, mass %.3f",
+            request_id,
+            segment.start,
+            segment.end,
+            tokens,
+            segment.slots,
+            tokens / segment.slots,
+            len(job.source_block_ids),
+            len(segment.block_ids),
+            freed,
+            "" if returned >= freed else f", {freed - returned} of them still shared",
+            1e3 * report.seconds,
+            report.output_error,
+            report.mass_error,
+        )
+
+    def _give_up(self, job: Job, reason: str) -> None:
+        """The sequence stays as it is, exact; tried again once it has grown."""
+        self.compacting_manager.release_target(job.job_id)
+        options = self._options(job.request)
+        options.not_before = job.request.num_computed_tokens + max(
+            self.planner.min_span_tokens, job.segment.end - job.segment.start
+        )
+        self._count(CompactionStats(failures={reason: 1}))
+        logger.warning(
+            "KV compaction: request %s, tokens [%d, %d): fit failed (%s); the sequence stays "
+            "uncompacted and exact",
+            job.request.request_id,
+            job.segment.start,
+            job.segment.end,
+            reason,
+        )
+
+    # -- life and death of requests -------------------------------------------------------------
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Finish, abort and preemption: a compaction under way ends, its blocks go back."""
+        job = self.compaction.jobs.pop(request.request_id, None)
+        if job is not None:
+            self.compacting_manager.release_target(job.job_id)
+        self.compaction.options.pop(request.request_id, None)
+        holding, self.compaction.hold_preemption = self.compaction.hold_preemption, False
+        try:
+            super()._free_request_blocks(request)
+        finally:
+            self.compaction.hold_preemption = holding
+
+    def _request_blocks_can_be_freed(self, request: Request) -> bool:
+        """Asked by ``schedule`` before it preempts: "not now" makes it wait a step instead."""
+        if self.compaction.hold_preemption:
+            return False
+        can_be_freed: bool = super()._request_blocks_can_be_freed(request)
+        return can_be_freed
+
+    # -- metrics and checks ---------------------------------------------------------------------
+
+    def _count(self, stats: CompactionStats) -> None:
+        self.compaction.stats.add(stats)
+        self.compaction.totals.add(copy.deepcopy(stats))
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self.compaction.stats:
+            self.compaction.stats.attach(stats)
+            self.compaction.stats = CompactionStats()
+        return stats
+
+    def check_compaction(self) -> None:
+        """Exact ownership of every block and every query slot (debugging, tests).
+
+        Raises:
+            AssertionError: naming what does not add up.
+        """
+        deferred: deque[tuple[int, list[Any]]] = self.deferred_frees
+        self.compacting_manager.check(blocks for _, blocks in deferred)
+        self.query_pool.check()
+        if set(self.compaction.jobs) - {r.request_id for r in self.running}:
+            raise AssertionError("a compaction runs for a request that does not")
+        if len(self.compacting_manager.targets) != len(self.compaction.jobs):
+            raise AssertionError("targets and jobs differ")
+
+
+class CompactionScheduler(CompactionSchedulerMixin, Scheduler):
+    """vLLM's scheduler with compaction."""
+
+
+class CompactionAsyncScheduler(CompactionSchedulerMixin, AsyncScheduler):
+    """vLLM's async scheduler with compaction."""
