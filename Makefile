@@ -1,0 +1,64 @@
+# `make` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# cpu or cuda; chosen by whether there is an NVIDIA GPU that answers.
+ifndef ENGINE
+ENGINE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+endif
+ifeq ($(filter cpu cuda,$(ENGINE)),)
+$(error ENGINE must be cpu or cuda, not '$(ENGINE)')
+endif
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp-$(ENGINE)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) ENGINE=$(ENGINE) (cpu|cuda)"
+	@echo "  PYTEST_ARGS and DEMO_ARGS are passed on; TORCH_INDEX_URL: a mirror of PyTorch's index"
+
+setup: $(STAMP) ## Create the environment: engine, this package (editable), development tools
+
+$(STAMP): pyproject.toml setup.py scripts/install_engine.py packaging/vllm-alias/pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "vllm-am needs Python 3.11 to 3.13, and PYTHON=$(PYTHON) is %d.%d" % v[:2])'
+	@test -x $(PY) || { echo "==> environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PY) -m pip install -qq --disable-pip-version-check 'pip>=25'
+	@$(PY) scripts/install_engine.py $(ENGINE)
+	@echo "==> vllm-am (editable) and development tools"
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-warn-conflicts \
+	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: setup ## Run the demonstration
+	$(PY) -m benchmarks.demo $(DEMO_ARGS)
+
+test: setup ## Run all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: setup ## Run the tests that are not marked slow
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: setup ## Check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy vllm_am benchmarks
+
+format: setup ## Format the code and apply the safe lint fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## Remove caches and build products (not the environment)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment as well
+	rm -rf $(VENV)
