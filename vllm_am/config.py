@@ -28,7 +28,7 @@ class CompactionConfigError(ValueError):
 
 
 def parse_ratio(value: Any, name: str = "--kv-compaction-ratio") -> float:
-    """The fraction of the compacted KV that is kept: ``0.02``, ``"0.02"`` and ``"50x"`` are the same.
+    """The fraction of the compacted KV that is kept: ``0.02``, ``"0.02"`` and ``"50x"`` are one.
 
     Raises:
         CompactionConfigError: not a number, or outside (0, 1].
@@ -102,6 +102,8 @@ class CompactionConfig:
     """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
     reference_queries: int = 8192
     """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
+    queries_per_slot: int = 8
+    """Reference query vectors aimed at per kept slot; fewer leave the value fit to its ridge."""
     query_pool_share: float = 1 / 32
     """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
     heldout_share: float = 1 / 8
@@ -153,6 +155,7 @@ class CompactionConfig:
             )
         whole = {
             "reference_queries": 1,
+            "queries_per_slot": 1,
             "recent_tokens": 1,
             "protected_tokens": 0,
             "min_span_tokens": 1,

@@ -12,6 +12,9 @@ from vllm_am.engine.planner import Planner, ceil_div
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
 
+#: Token positions that are sampled at least, where the sequence has them.
+LEAST_POSITIONS = 512
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -76,6 +79,15 @@ class EngineLimits:
     def sample_positions(self) -> int:
         """Token positions that give ``reference_queries`` queries per KV head."""
         return ceil_div(self.config.reference_queries, self.queries_per_kv)
+
+    def sample_rate(self, ratio: float, tokens: int) -> float:
+        """Share of the token positions whose queries are kept, for a sequence of ``tokens``.
+
+        ``queries_per_slot`` vectors for each slot that will be kept, but enough positions for a
+        short sequence and no more than ``reference_queries`` allows.
+        """
+        wanted = self.config.queries_per_slot * ratio * tokens / self.queries_per_kv
+        return min(1.0, min(max(wanted, LEAST_POSITIONS), self.sample_positions) / tokens)
 
     def query_pool_positions(self, num_blocks: int) -> int:
         """Token positions the query pool holds: its share, but enough for one sequence."""

@@ -55,6 +55,27 @@ class Planner:
     recent_tokens: int
     min_span_tokens: int
     max_span_tokens: int
+    protected_tokens: int = 0
+    """The protected prefix, in whole blocks."""
+    in_flight_tokens: int = 0
+    """Most tokens that steps under way can add."""
+
+    @property
+    def longest_span(self) -> int:
+        """``max_span_tokens`` in whole blocks, one at least."""
+        return max(self.block_size, self.max_span_tokens // self.block_size * self.block_size)
+
+    def shortest_span(self, ratio: float) -> int:
+        """Fewest tokens that are compacted at once; more than ``longest_span``: never any."""
+        size = self.block_size
+        if self.threshold.tokens is not None:
+            tokens = self.threshold.tokens + 1 - self.protected_tokens - self.recent_tokens
+            due = tokens // size * size
+        else:
+            due = ceil_div(self.min_span_tokens, size) * size
+        # k blocks of tokens give a block back from k * (1 - ratio) >= 1 on.
+        freeing = size if ratio >= 1 else math.ceil(1 / (1 - ratio) - 1e-9) * size
+        return max(min(due, self.longest_span), freeing)
 
     def span_blocks(self, tokens: int, ratio: float) -> int:
         """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
@@ -68,12 +89,15 @@ class Planner:
         takes effect (two steps' worth), the block-rounded segments so far, and the target of the
         segment being fitted. Never more than the sequence itself.
         """
-        trigger = self.threshold.tokens or self.min_span_tokens + self.recent_tokens
+        shortest = self.shortest_span(ratio)
+        if ratio >= 1 or shortest > self.longest_span:
+            return max_model_len
+        due = self.protected_tokens + self.recent_tokens + shortest
         # A step with the fit and a step until its report is seen go by before blocks come back.
-        exact = trigger + 2 * in_flight_tokens + 2 * self.block_size
-        segment = max(self.block_size, trigger - self.recent_tokens)
-        segments = ceil_div(max_model_len, segment)
-        compacted = segments * self.span_blocks(segment, ratio) * self.block_size
+        exact = max(due, self.threshold.tokens or 0) + 2 * in_flight_tokens + 2 * self.block_size
+        # Rounding to whole slots and blocks costs each segment less than a block.
+        blocks = ceil_div(slots_for(max_model_len, ratio), self.block_size)
+        compacted = (blocks + max_model_len // shortest) * self.block_size
         target = self.span_blocks(exact, ratio) * self.block_size
         return min(max_model_len, exact + compacted + target)
 
@@ -98,22 +122,34 @@ class Planner:
     def _under_pressure(
         self, sequences: list[SequenceView], free_blocks: int
     ) -> list[SequenceView]:
-        """Longest uncompacted sequences first, until the pool would be below its threshold."""
-        excess = (
-            self.num_blocks - free_blocks - int((self.threshold.pool_share or 0) * self.num_blocks)
-        )
+        """Longest uncompacted sequences first, until the pool would be below its threshold.
+
+        However high that is, the next step's tokens and a target to compact into must fit.
+        """
+        share = int((self.threshold.pool_share or 0) * self.num_blocks)
+        excess = max(self.num_blocks - share, self._headroom(sequences)) - free_blocks
         due = [s for s in sequences if self._over_threshold(s)]
         rest = [s for s in sequences if s.threshold_tokens is None]
         for sequence in sorted(rest, key=lambda s: -s.exact_tokens):
             if excess <= 0:
                 break
             span = self.next_span(sequence, free_blocks)
-            if span is None or span.end - span.start < self.min_span_tokens:
+            if span is None or span.end - span.start < self.shortest_span(sequence.ratio):
                 continue
             due.append(sequence)
             raw = (span.end - span.start) // self.block_size
             excess -= raw - ceil_div(span.slots, self.block_size)
         return due
+
+    def _headroom(self, sequences: list[SequenceView]) -> int:
+        """Free blocks that the next step may need, and the smallest target beside them."""
+        growth = sum(max(1, s.prompt - s.computed) for s in sequences)
+        targets = (self.span_blocks(self.shortest_span(s.ratio), s.ratio) for s in sequences)
+        return (
+            min(growth, self.in_flight_tokens) // self.block_size
+            + len(sequences)
+            + max(targets, default=0)
+        )
 
     def _can_wait(self, sequence: SequenceView, free_blocks: int) -> bool:
         """Still in prefill, and the rest of the prompt and its compaction fit beside it."""
@@ -128,7 +164,7 @@ class Planner:
         size = self.block_size
         start = sequence.compacted_end
         end = (sequence.computed - self.recent_tokens) // size * size
-        end = min(end, start + max(size, self.max_span_tokens // size * size))
+        end = min(end, start + self.longest_span)
         if sequence.ratio < 1 and end > start:
             # In a full pool a shorter span still makes progress: one free block takes
             # block_size / ratio tokens, and gives back 1 / ratio blocks.

@@ -44,6 +44,7 @@ class QueryPool:
         max_positions: longest sequence (``max_model_len``).
         is_live: whether a block id is in use by a request; samples of other blocks (cached
             prefixes nobody uses now) are given up first, oldest first, when the pool is full.
+            Then every block gives up half of its samples.
     """
 
     def __init__(
@@ -55,11 +56,16 @@ class QueryPool:
         self._is_live = is_live
         self._free = list(range(capacity - 1, -1, -1))
         self._samples: OrderedDict[int, dict[int, int]] = OrderedDict()  # block -> {offset: slot}
+        self._fresh: set[int] = set()  # slots that are written in this step
 
     @property
     def used(self) -> int:
         """Positions held at present."""
         return self.capacity - len(self._free)
+
+    def begin_step(self) -> None:
+        """A slot chosen from here on is written once in this step: nobody else may take it."""
+        self._fresh.clear()
 
     def forget(self, block_ids: Iterable[int]) -> None:
         """These blocks were handed out anew: what they held before is gone."""
@@ -104,6 +110,7 @@ class QueryPool:
             if slot is None:
                 slot = samples[offset] = self._free.pop()
             slots[i] = slot
+        self._fresh.update(slots.tolist())
         return wanted - start, slots
 
     def slots(self, block_ids: Iterable[int]) -> np.ndarray:
@@ -116,6 +123,7 @@ class QueryPool:
         return np.asarray(found, dtype=np.int64)
 
     def _evict(self, count: int) -> None:
+        """Free at least ``count`` slots, if that leaves every live block a sample."""
         for block_id in list(self._samples):
             if count <= 0:
                 return
@@ -123,6 +131,16 @@ class QueryPool:
                 samples = self._samples.pop(block_id)
                 self._free.extend(samples.values())
                 count -= len(samples)
+        while count > 0:
+            thinned = 0
+            for samples in self._samples.values():
+                for offset in sorted(samples)[1::2]:
+                    if samples[offset] not in self._fresh:
+                        self._free.append(samples.pop(offset))
+                        thinned += 1
+            if not thinned:
+                return
+            count -= thinned
 
     def check(self) -> None:
         """Every slot is free or belongs to exactly one sample (debugging, tests)."""

@@ -74,6 +74,7 @@ class SequenceOptions:
     ratio: float
     threshold_tokens: int | None
     sample_rate: float
+    """Share of the positions whose queries are kept; 0 for a sequence too short to need any."""
     not_before: int = 0
     """After a failed fit: tokens that must have been computed before it is tried again."""
 
@@ -212,13 +213,17 @@ class CompactionSchedulerMixin(Scheduler):
         if options is None:
             params = request.sampling_params
             overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
-            config = self.compaction_config
-            sampled_over = max(request.num_prompt_tokens, self.planner.threshold.tokens or 1)
+            ratio = overrides.ratio or self.compaction_config.ratio
+            threshold = overrides.threshold_tokens or self.planner.threshold.tokens
+            longest = request.num_prompt_tokens + request.max_tokens
+            rate = self.compaction_limits.sample_rate(
+                ratio, max(request.num_prompt_tokens, threshold or self.planner.min_span_tokens)
+            )
             options = SequenceOptions(
                 enabled=overrides.enabled,
-                ratio=overrides.ratio or config.ratio,
-                threshold_tokens=overrides.threshold_tokens or self.planner.threshold.tokens,
-                sample_rate=self.compaction_limits.sample_positions / sampled_over,
+                ratio=ratio,
+                threshold_tokens=threshold,
+                sample_rate=rate if threshold is None or longest > threshold else 0.0,
             )
             self.compaction.options[request.request_id] = options
         return options
@@ -253,6 +258,7 @@ class CompactionSchedulerMixin(Scheduler):
     def _sample_queries(self, output: SchedulerOutput, step: CompactionStep) -> None:
         """Choose which queries of this step are kept, after blocks that changed hands forgot."""
         size = self.compaction_limits.block_size
+        self.query_pool.begin_step()
         for new in output.scheduled_new_reqs:
             self.query_pool.forget(new.block_ids[0][new.num_computed_tokens // size :])
         cached = output.scheduled_cached_reqs
@@ -265,7 +271,7 @@ class CompactionSchedulerMixin(Scheduler):
         for request_id, count in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             options = self._options(request)
-            if not options.enabled:
+            if not options.enabled or options.sample_rate == 0:
                 continue
             blocks = self.compacting_manager.req_to_blocks[request_id]
             offsets, slots = self.query_pool.sample(
