@@ -1,4 +1,4 @@
-"""A tiny random model for engine tests: real HF layout, outputs that depend on the whole context."""
+"""A tiny random model for engine tests: HF layout, outputs that depend on the whole context."""
 
 from __future__ import annotations
 

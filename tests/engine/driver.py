@@ -1,0 +1,216 @@
+"""One engine, in this process, stepped by hand: what the engine tests are written with.
+
+Also a program: ``python -m tests.engine.driver case.json`` runs one case in a fresh process (model
+runner V2, tensor or pipeline parallel) and prints its result as JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+BLOCK = 32
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to come."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 16
+    extra_args: dict[str, Any] | None = None
+    arrives: int = 0
+    """Engine step at which it is added."""
+    aborted: int | None = None
+    """Engine step at which it is aborted, if it still runs."""
+
+
+@dataclass
+class Engine:
+    """A running engine and what it has produced."""
+
+    llm: Any
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+    before_step: Callable[[Engine, int], None] | None = None
+    """Called before every step with its number: observe, interfere."""
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    @property
+    def used_blocks(self) -> int:
+        used: int = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+        return used
+
+    @property
+    def totals(self) -> Any:
+        return self.scheduler.compaction.totals
+
+    @property
+    def worker(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker
+
+    def run(self, asks: Sequence[Ask], check: bool = True, names: str = "") -> dict[str, list[int]]:
+        """Serve ``asks`` to the end; tokens by index. Checks block ownership at every step."""
+        from vllm import SamplingParams
+
+        engine, step = self.llm.llm_engine, 0
+        todo = sorted(enumerate(asks), key=lambda a: a[1].arrives)
+        aborts = {f"{names}{i}": a.aborted for i, a in todo if a.aborted is not None}
+        while todo or engine.has_unfinished_requests():
+            while todo and todo[0][1].arrives <= step:
+                index, ask = todo.pop(0)
+                params = SamplingParams(
+                    max_tokens=ask.max_tokens,
+                    temperature=0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args=ask.extra_args,
+                )
+                prompt = {"prompt_token_ids": list(ask.prompt)}
+                engine.add_request(f"{names}{index}", prompt, params)
+            for name in [n for n, at in aborts.items() if at <= step]:
+                engine.abort_request([name])
+                del aborts[name]
+            if self.before_step is not None:
+                self.before_step(self, step)
+            for output in engine.step():
+                if output.finished:
+                    self.outputs[output.request_id] = list(output.outputs[0].token_ids)
+                    self.cached_tokens[output.request_id] = output.num_cached_tokens
+            if check and hasattr(self.scheduler, "check_compaction"):
+                self.scheduler.check_compaction()
+            step += 1
+        for _ in range(3):  # let the workers hear of the last finished requests
+            engine.step()
+        return self.outputs
+
+
+@contextmanager
+def start(
+    model: Path,
+    kv_compaction: dict[str, Any] | None = None,
+    force_async: bool = False,
+    **options: Any,
+) -> Iterator[Engine]:
+    """Start an engine on the CPU; ``kv_compaction=None`` is stock vLLM.
+
+    Args:
+        force_async: run the async scheduler, which vLLM switches off on CPUs.
+    """
+    from vllm_am import LLM
+    from vllm_am.engine import capabilities
+
+    settings: dict[str, Any] = {
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": 513,
+        "seed": 0,
+    }
+    original = capabilities.check
+    if force_async:
+
+        def check(config: Any) -> None:
+            original(config)
+            config.scheduler_config.async_scheduling = True
+
+        capabilities.check = check
+    try:
+        llm = LLM(str(model), kv_compaction=kv_compaction, **{**settings, **options})
+    finally:
+        capabilities.check = original
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def random_prompt(rng: random.Random, length: int) -> tuple[int, ...]:
+    """Token ids of the tiny model, special ones left out."""
+    return tuple(rng.randrange(5, 500) for _ in range(length))
+
+
+def mixed_asks(count: int, seed: int, longest: int = 500, max_tokens: int = 14) -> list[Ask]:
+    """Prompts of all lengths, many sharing a prefix, arriving over time."""
+    rng = random.Random(seed)
+    prefixes = [random_prompt(rng, 400) for _ in range(2)]
+    asks = []
+    for index in range(count):
+        shared = rng.choice(prefixes)[: rng.choice([0, 0, 100, 213, 400])]
+        own = random_prompt(rng, rng.randrange(10, max(11, longest - len(shared))))
+        asks.append(Ask(shared + own, rng.randrange(2, max_tokens), arrives=index // 4))
+    return asks
+
+
+def run_case(case: dict[str, Any], timeout: float = 540) -> dict[str, Any]:
+    """Run one case in a fresh process; see ``main`` for its keys."""
+    environment = {**os.environ, **case.get("environment", {}), "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.engine.driver"],
+        input=json.dumps(case),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment,
+    )
+    if process.returncode != 0:
+        raise RuntimeError(f"case failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}")
+    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Read a case from standard input: model, kv_compaction, options, asks, v2, force_async."""
+    case = json.load(sys.stdin)
+    if case.get("v2"):
+        from tests.engine import v2_on_cpu  # noqa: F401  (before vLLM is imported)
+    asks = [Ask(**{**a, "prompt": tuple(a["prompt"])}) for a in case["asks"]]
+    with start(
+        Path(case["model"]),
+        case.get("kv_compaction"),
+        force_async=case.get("force_async", False),
+        **case.get("options", {}),
+    ) as engine:
+        outputs = engine.run(asks)
+        result: dict[str, Any] = {
+            "outputs": outputs,
+            "used_blocks": engine.used_blocks,
+            "scheduler": type(engine.scheduler).__name__,
+            "runner": type(engine.worker.model_runner).__module__,
+        }
+        if hasattr(engine.scheduler, "compaction"):
+            result["compactions"] = engine.totals.compactions
+            result["failures"] = engine.totals.failures
+            result["blocks_freed"] = engine.totals.blocks_freed
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

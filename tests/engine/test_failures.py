@@ -1,0 +1,155 @@
+"""Acceptance 7 (museum row 13): a fit that fails leaves the sequence exact and disturbs nobody."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.engine import driver
+from tests.engine.driver import Ask, random_prompt
+
+pytestmark = [pytest.mark.engine]
+
+OPTIONS = {"ratio": 0.25, "threshold": 160, "recent_tokens": 16}
+
+
+def _asks():
+    return [Ask(random_prompt(random.Random(i), 300 + 20 * i), 12) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_model):
+    with driver.start(tiny_model) as engine:
+        return engine.run(_asks())
+
+
+def _nan_queries(worker_state_module, monkeypatch):
+    original = worker_state_module.WorkerState._reference_queries
+
+    def poisoned(self, name, fit, kv_heads):
+        reference, heldout = original(self, name, fit, kv_heads)
+        reference = reference.clone()
+        reference[0, 0, 0] = float("nan")
+        return reference, heldout
+
+    monkeypatch.setattr(worker_state_module.WorkerState, "_reference_queries", poisoned)
+
+
+def _no_queries(worker_state_module, monkeypatch):
+    original = worker_state_module.WorkerState._reference_queries
+
+    def none(self, name, fit, kv_heads):
+        reference, heldout = original(self, name, fit, kv_heads)
+        return reference[:, :0], heldout
+
+    monkeypatch.setattr(worker_state_module.WorkerState, "_reference_queries", none)
+
+
+def _raises(error):
+    def apply(worker_state_module, monkeypatch):
+        def compact(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(worker_state_module, "compact", compact)
+
+    return apply
+
+
+def _fit_error(reason):
+    from vllm_am.compaction import FitError
+
+    return FitError(reason, heads=[0])
+
+
+@pytest.mark.parametrize(
+    ("reason", "inject"),
+    [
+        ("non-finite", _nan_queries),
+        ("no-queries", _no_queries),
+        ("singular", lambda w, m: _raises(_fit_error("singular"))(w, m)),
+        ("no-mass", lambda w, m: _raises(_fit_error("no-mass"))(w, m)),
+        ("out-of-memory", lambda w, m: _raises(torch.OutOfMemoryError("no memory"))(w, m)),
+        ("internal-error", lambda w, m: _raises(RuntimeError("broken kernel"))(w, m)),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_failed_fit_leaves_the_sequence_exact(tiny_model, stock, monkeypatch, reason, inject):
+    from vllm_am.engine import worker_state
+
+    with driver.start(tiny_model, OPTIONS) as engine:
+        inject(worker_state, monkeypatch)
+        outputs = engine.run(_asks())
+        assert engine.totals.compactions == 0
+        assert set(engine.totals.failures) == {reason}
+        # Once per request: it is not tried again at every step.
+        assert engine.totals.failures[reason] == 4
+        assert engine.used_blocks == 0
+        assert not engine.worker._compaction.fits
+    assert outputs == stock
+
+
+def test_one_failing_layer_and_request_do_not_touch_the_others(tiny_model, monkeypatch):
+    """Only the second request's fit fails, only in its last layer: the others compact as ever."""
+    from vllm_am.compaction import FitError
+    from vllm_am.engine import worker_state
+
+    with driver.start(tiny_model, OPTIONS) as engine:
+        healthy = engine.run(_asks())
+    with driver.start(tiny_model) as engine:
+        exact = engine.run(_asks())
+    original = worker_state.WorkerState._compact_layer
+
+    def fails_once(self, name, fit, progress):
+        if fit.request_id.startswith("1") and name == list(self.layers)[-1]:
+            raise FitError("singular", heads=[1])
+        original(self, name, fit, progress)
+
+    monkeypatch.setattr(worker_state.WorkerState, "_compact_layer", fails_once)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        outputs = engine.run(_asks())
+        assert engine.totals.failures == {"singular": 1}
+        assert engine.totals.compactions == 3
+    assert outputs["1"] == exact["1"]
+    assert {k: outputs[k] for k in "023"} == {k: healthy[k] for k in "023"}
+
+
+def test_span_that_would_not_shrink_is_left_alone(tiny_model, stock):
+    """t >= T, or no block to gain: nothing is attempted, nothing fails."""
+    with driver.start(tiny_model, {**OPTIONS, "ratio": 0.995}) as engine:
+        assert engine.run(_asks()) == stock
+        assert engine.totals.compactions == 0 and not engine.totals.failures
+
+
+def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
+    """NaN keys of one sequence fail its own fit; a concurrent request's tokens do not change."""
+    asks = _asks()[:2]
+    with driver.start(tiny_model, OPTIONS) as engine:
+        healthy = engine.run(asks)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        from vllm_am.engine import worker_state
+
+        original = worker_state.read_span
+        state = engine.worker._compaction
+        compact_layer = worker_state.WorkerState._compact_layer
+        current = []
+
+        def remember(self, name, fit, progress):
+            current[:] = [fit.request_id]
+            compact_layer(self, name, fit, progress)
+
+        def poisoned(cache, blocks):
+            keys, values = original(cache, blocks)
+            if current[0].startswith("1"):
+                keys = keys.clone()
+                keys[:, 3] = float("nan")
+            return keys, values
+
+        monkeypatch.setattr(worker_state.WorkerState, "_compact_layer", remember)
+        monkeypatch.setattr(worker_state, "read_span", poisoned)
+        outputs = engine.run(asks)
+        assert engine.totals.failures == {"non-finite": 1}
+        assert engine.totals.compactions == 1
+        assert not state.sequences
+    assert outputs["0"] == healthy["0"]

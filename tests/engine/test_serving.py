@@ -1,0 +1,393 @@
+"""Acceptance 3 to 6 and the museum rows about memory: real freeing, bystanders, long contexts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.engine import driver
+from tests.engine.driver import BLOCK, Ask, random_prompt
+
+pytestmark = [pytest.mark.engine]
+
+#: No upper limit on sampled queries but the tokens themselves: fits repeat exactly.
+EXACT_SAMPLING = {"query_pool_share": 1.0, "queries_per_slot": 64}
+QUARTER = {"ratio": 0.25, "threshold": 160, "recent_tokens": 16, **EXACT_SAMPLING}
+OFF = {"kv_compaction": "off"}
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def test_museum_1_blocks_are_really_freed_in_the_same_step(tiny_model):
+    """T tokens at ratio r hold ceil(r T / block) blocks; the rest is free the moment it commits."""
+    prompt = random_prompt(random.Random(0), 1000)
+    recent = 64
+    seen = []
+
+    def watch(engine, step):
+        seen.append((engine.used_blocks, engine.totals.compactions))
+
+    options = {"ratio": 0.1, "threshold": 512, "recent_tokens": recent}
+    with driver.start(tiny_model, options) as engine:
+        engine.before_step = watch
+        engine.run([Ask(prompt, 8)])
+        assert engine.totals.compactions == 1
+        assert engine.used_blocks == 0
+
+    span = (1000 - recent) // BLOCK * BLOCK - BLOCK  # one block of protected prefix
+    slots = -(-span // 10)
+    before = _blocks(1001)
+    assert engine.totals.tokens == span
+    assert engine.totals.slots == slots
+    assert engine.totals.blocks_freed == span // BLOCK - _blocks(slots)
+    uncompacted = [used for used, done in seen if used and not done]
+    compacted = [used for used, done in seen if used and done]
+    assert uncompacted[0] == before
+    assert max(uncompacted) == before + _blocks(slots), "the target, while it is fitted"
+    assert set(compacted) == {before - span // BLOCK + _blocks(slots)}
+
+
+@pytest.mark.slow
+def test_museum_2_3_bystanders_and_concurrency(tiny_model):
+    """112 concurrent requests: those that are off equal stock, the others equal themselves alone."""
+    rng = random.Random(3)
+    prefix = random_prompt(rng, 96)
+    asks = [
+        Ask(
+            (prefix if i % 3 == 0 else ()) + random_prompt(rng, rng.randrange(190, 420)),
+            rng.randrange(6, 18),
+            OFF if i % 2 else None,
+            arrives=i // 16,
+        )
+        for i in range(112)
+    ]
+    options = {"num_gpu_blocks_override": 2049, "max_num_seqs": 112, "enable_prefix_caching": False}
+    with driver.start(tiny_model, **options) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, QUARTER, **options) as engine:
+        together = engine.run(asks)
+        assert engine.totals.compactions == 56
+    alone = {}
+    with driver.start(tiny_model, QUARTER, **options) as engine:
+        for index, ask in enumerate(asks):
+            if ask.extra_args is None:
+                one = Ask(ask.prompt, ask.max_tokens)
+                alone[str(index)] = engine.run([one], names=f"{index}/")[f"{index}/0"]
+    off = {k for k in together if int(k) % 2}
+    assert {k: together[k] for k in off} == {k: stock[k] for k in off}
+    assert {k: together[k] for k in alone} == alone
+    changed = sum(together[k] != stock[k] for k in alone)
+    assert changed > 28, "compaction to a quarter must show on a random model"
+
+
+def test_museum_2_shared_prefix_is_never_rewritten(tiny_model):
+    """Two requests with a common prefix: one compacts it, the other, still on it, is stock's."""
+    rng = random.Random(5)
+    prefix = random_prompt(rng, 512)
+    first = Ask(prefix + random_prompt(rng, 40), 24)
+    # Arrives while the first one compacts, hits its exact blocks, and outlives it.
+    second = Ask(prefix + random_prompt(rng, 50), 40, OFF, arrives=2)
+    third = Ask(prefix + random_prompt(rng, 60), 8, OFF, arrives=30)
+    with driver.start(tiny_model) as engine:
+        stock = engine.run([first, second, third])
+    with driver.start(tiny_model, QUARTER) as engine:
+        outputs = engine.run([first, second, third])
+        assert engine.totals.compactions == 1
+        assert engine.cached_tokens["1"] == engine.cached_tokens["2"] == 512
+    assert outputs["1"] == stock["1"]
+    assert outputs["2"] == stock["2"]
+    assert outputs["0"] != stock["0"]
+
+
+def test_prefix_hit_brings_the_queries_along(tiny_model):
+    """A prompt whose prefix is cached computes none of its queries, and is compacted all the same,
+    with the queries that the first request left with the blocks."""
+    rng = random.Random(6)
+    prefix = random_prompt(rng, 640)
+    asks = [Ask(prefix + random_prompt(rng, 20), 8, arrives=60 * i) for i in range(2)]
+    sampled = []
+
+    with driver.start(tiny_model, QUARTER) as engine:
+        issue = engine.scheduler._reference_queries
+
+        def spy(job):
+            slots = issue(job)
+            sampled.append(len(slots))
+            return slots
+
+        engine.scheduler._reference_queries = spy
+        engine.run(asks)
+        assert engine.totals.compactions == 2
+        assert engine.cached_tokens["1"] == 640
+        # 20 own tokens, but queries of the whole span.
+        assert sampled[1] == sampled[0]
+        assert engine.totals.output_errors[1] == pytest.approx(engine.totals.output_errors[0], 0.2)
+
+
+def test_same_prompt_many_times(tiny_model):
+    """Museum row 16 (n > 1): every sample of a prompt compacts and finishes, and none leaks."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": list(random_prompt(random.Random(8), 600))}
+    with driver.start(tiny_model, QUARTER) as engine:
+        params = SamplingParams(
+            n=4, temperature=1.0, seed=1, max_tokens=12, ignore_eos=True, detokenize=False
+        )
+        (output,) = engine.llm.generate([prompt], params, use_tqdm=False)
+        assert [len(o.token_ids) for o in output.outputs] == [12] * 4
+        assert engine.totals.compactions == 4
+        ratio = SamplingParams(
+            n=3,
+            temperature=0,
+            max_tokens=6,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_compaction_ratio": "2x"},
+        )
+        slots = engine.totals.slots
+        engine.llm.generate([prompt], ratio, use_tqdm=False)
+        assert engine.totals.compactions == 7
+        assert engine.totals.slots - slots == 3 * (engine.totals.tokens // 7) // 2
+        engine.scheduler.check_compaction()
+        assert engine.used_blocks == 0
+
+
+def test_museum_20_prompt_four_times_the_pool(tiny_model):
+    """Stock refuses to start; with compaction an 8,300-token prompt runs in 2,048 slots."""
+    prompts = [Ask(random_prompt(random.Random(i), n), 12) for i, n in enumerate((8300, 5000, 200))]
+    small = {
+        "num_gpu_blocks_override": 65,
+        "max_model_len": 9000,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+    }
+    with pytest.raises(Exception, match="KV cache|Engine core"), driver.start(tiny_model, **small):
+        pass
+    peak = 0
+
+    def watch(engine, step):
+        nonlocal peak
+        peak = max(peak, engine.used_blocks)
+
+    with driver.start(tiny_model, {"ratio": 0.05, "threshold": 448}, **small) as engine:
+        engine.before_step = watch
+        outputs = engine.run(prompts)
+        assert {k: len(v) for k, v in outputs.items()} == {"0": 12, "1": 12, "2": 12}
+        assert engine.totals.compactions >= 12 and not engine.totals.failures
+        assert engine.used_blocks == 0
+    assert peak <= 64
+
+
+def test_generation_outgrows_the_pool(tiny_model):
+    """2,600 generated tokens in a pool of 1,024 slots."""
+    with driver.start(
+        tiny_model,
+        {"ratio": 0.05, "threshold": 320, "recent_tokens": 32},
+        num_gpu_blocks_override=33,
+        max_model_len=3000,
+        max_num_batched_tokens=128,
+    ) as engine:
+        outputs = engine.run([Ask(random_prompt(random.Random(1), 100), 2600)])
+        assert len(outputs["0"]) == 2600
+        assert engine.totals.compactions >= 6
+        assert engine.totals.tokens > 2000
+        assert engine.used_blocks == 0
+
+
+def test_museum_5_long_prompt_in_small_chunks(tiny_model):
+    """Fires during chunked prefill only for computed tokens, each token once."""
+    spans = []
+    prompt = random_prompt(random.Random(2), 3000)
+    with driver.start(
+        tiny_model,
+        {"ratio": 0.1, "threshold": 320},
+        num_gpu_blocks_override=49,
+        max_model_len=3200,
+        max_num_batched_tokens=96,
+    ) as engine:
+        manager = engine.scheduler.compacting_manager
+        commit = manager.commit
+
+        def spy(job_id, request_id, segment):
+            computed = engine.scheduler.requests[request_id].num_computed_tokens
+            spans.append((segment.start, segment.end, computed))
+            commit(job_id, request_id, segment)
+
+        manager.commit = spy
+        engine.run([Ask(prompt, 4)])
+    assert len(spans) >= 5
+    assert spans[0][0] == BLOCK, "after the protected prefix"
+    assert all(end <= computed - 64 for _, end, computed in spans)
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_prompt_that_fits_waits_for_its_question(tiny_model):
+    """With room for the whole prompt, nothing is compacted before its last token is computed."""
+    with driver.start(
+        tiny_model, {"ratio": 0.1, "threshold": 256}, max_num_batched_tokens=128
+    ) as engine:
+        progress = []
+
+        def watch(engine, step):
+            for request in engine.scheduler.running:
+                job = engine.scheduler.compaction.jobs.get(request.request_id)
+                progress.append((request.num_computed_tokens, job is not None))
+
+        engine.before_step = watch
+        engine.run([Ask(random_prompt(random.Random(4), 1500), 6)])
+        assert engine.totals.compactions == 1
+    assert any(computed > 600 for computed, _ in progress)
+    assert all(computed >= 1500 for computed, fitting in progress if fitting)
+
+
+@pytest.mark.parametrize("kind", ["finish", "abort", "preempt"])
+def test_museum_4_state_ends_with_the_request(tiny_model, kind):
+    """Block counts after finish, abort and preemption of compacted requests are as computed."""
+    prompts = [random_prompt(random.Random(i), 420) for i in range(4)]
+    asks = [Ask(p, 40, aborted=8 if kind == "abort" else None) for p in prompts]
+    preempted = 0
+    with driver.start(tiny_model, QUARTER) as engine:
+        expected = engine.run(asks)
+    with driver.start(tiny_model, QUARTER) as engine:
+        if kind == "preempt":
+
+            def preempt(engine, step):
+                nonlocal preempted
+                if step == 10:
+                    assert len(engine.scheduler.compacting_manager.compacted) == 4
+                    # vLLM's own way to throw every running request out, and resume it.
+                    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+                    assert not engine.scheduler.compacting_manager.compacted
+                    assert engine.used_blocks == 0
+                    preempted = engine.totals.compactions
+
+            engine.before_step = preempt
+        outputs = engine.run(asks)
+        assert engine.used_blocks == 0
+        assert not engine.scheduler.compacting_manager.compacted
+        assert not engine.worker._compaction.sequences
+        if kind == "preempt":
+            # Compacted again as they came back; nothing negative, nothing lost.
+            assert preempted == 4 and engine.totals.compactions == 8
+    if kind == "finish":
+        assert outputs == expected
+    elif kind == "preempt":
+        assert {k: len(v) for k, v in outputs.items()} == {k: 40 for k in expected}
+        # What came before the preemption stands.
+        assert all(outputs[k][:8] == expected[k][:8] for k in expected)
+
+
+def test_preempted_in_identity_mode_equals_stock(tiny_model):
+    """Acceptance 6, exactly: preempted when compacted, resumed, the same tokens as stock."""
+    asks = [Ask(random_prompt(random.Random(i), 300), 60) for i in range(8)]
+    with driver.start(tiny_model) as engine:
+        expected = engine.run(asks)
+    identity = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
+    preemptions = 0
+    with driver.start(
+        tiny_model, identity, num_gpu_blocks_override=56, max_model_len=512
+    ) as engine:
+        original = engine.scheduler._preempt_request
+
+        def spy(request, *args, **kwargs):
+            nonlocal preemptions
+            preemptions += request.request_id in engine.scheduler.compacting_manager.compacted
+            return original(request, *args, **kwargs)
+
+        engine.scheduler._preempt_request = spy
+        assert engine.run(asks) == expected
+    assert preemptions > 0, "the pool must be small enough to preempt a compacted request"
+
+
+def test_pool_share_compacts_instead_of_preempting(tiny_model):
+    """With a share of the pool as threshold: nothing while there is room, then the longest first,
+    and no preemption where stock vLLM preempts."""
+    asks = [Ask(random_prompt(random.Random(i), 200 + 90 * i), 100) for i in range(6)]
+
+    def serve(options, pool):
+        preemptions = 0
+        with driver.start(
+            tiny_model, options, num_gpu_blocks_override=pool, max_model_len=1024
+        ) as engine:
+            original = engine.scheduler._preempt_request
+
+            def spy(*args, **kwargs):
+                nonlocal preemptions
+                preemptions += 1
+                return original(*args, **kwargs)
+
+            engine.scheduler._preempt_request = spy
+            engine.run(asks)
+            return preemptions, getattr(engine.scheduler, "compaction", None)
+
+    options = {"ratio": 0.1, "threshold": "70%", "recent_tokens": 32, "min_span_tokens": 96}
+    assert serve(None, 97)[0] > 0
+    preemptions, compaction = serve(options, 97)
+    assert preemptions == 0
+    assert 0 < compaction.totals.compactions
+    assert serve(options, 513)[1].totals.compactions == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_accounting_under_fuzz(tiny_model, force_async):
+    """Acceptance 4: 500 random requests with aborts in a tiny pool; every step, every block's
+    reference count equals its owners; at the end nothing is held."""
+    rng = random.Random(11)
+    prefixes = [random_prompt(rng, 300) for _ in range(3)]
+    asks = []
+    for index in range(500):
+        shared = rng.choice(prefixes)[: rng.choice([0, 0, 64, 150, 300])]
+        asks.append(
+            Ask(
+                shared + random_prompt(rng, rng.randrange(5, 260)),
+                rng.randrange(1, 24),
+                rng.choice([None, None, None, OFF, {"kv_compaction_ratio": 0.5}]),
+                arrives=index // 3,
+                aborted=index // 3 + rng.randrange(1, 25) if rng.random() < 0.15 else None,
+            )
+        )
+    options = {"ratio": 0.2, "threshold": 128, "recent_tokens": 16, "min_span_tokens": 32}
+    with driver.start(
+        tiny_model,
+        options,
+        force_async=force_async,
+        num_gpu_blocks_override=57,
+        max_model_len=768,
+        max_num_batched_tokens=256,
+        max_num_seqs=12,
+    ) as engine:
+        outputs = engine.run(asks)
+        assert engine.totals.compactions > 200
+        assert engine.used_blocks == 0
+        assert not engine.worker._compaction.sequences and not engine.worker._compaction.fits
+        assert not engine.scheduler.compaction.jobs and not engine.scheduler.compaction.options
+        engine.scheduler.check_compaction()
+    finished = {i for i, a in enumerate(asks) if a.aborted is None}
+    assert all(len(outputs[str(i)]) == asks[i].max_tokens for i in finished)
+
+
+def test_long_fit_is_spread_over_steps(tiny_model):
+    """The work of one step is bounded: layers of a long span are fitted in several steps, and the
+    sequence goes on decoding on its exact KV meanwhile."""
+    asks = [Ask(random_prompt(random.Random(9), 900), 10)]
+    with driver.start(tiny_model, {**QUARTER, "layer_tokens_per_step": 900}) as engine:
+        slices = []
+        issue = engine.scheduler._issue_slices
+
+        def spy():
+            found = list(issue())
+            slices.extend((f.part, f.parts) for f in found)
+            return iter(found)
+
+        engine.scheduler._issue_slices = spy
+        sliced = engine.run(asks)["0"]
+        assert slices == [(0, 3), (1, 3), (2, 3)]
+        assert engine.totals.compactions == 1
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)["0"]
+    # First token from the prefill, then one more for each step until the commit.
+    assert sliced[:4] == stock[:4] and sliced != stock

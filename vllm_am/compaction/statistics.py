@@ -1,0 +1,96 @@
+"""What the original cache does to the reference queries: log mass, output, and a score per key.
+
+One pass over blocks of queries; a block sees all T keys at once, so each row is finished (shifted,
+normalised, multiplied with the values) while its scores are in cache, and then forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_am.compaction.attend import safe_reciprocal, shifted_exponentials
+from vllm_am.compaction.streaming import (
+    DEFAULT_CHUNK_BYTES,
+    accumulation_dtype,
+    head_blocks,
+    row_blocks,
+)
+
+#: Norms over the queries of a key's attention weight A_ij that a score can be.
+SCORE_NORMS = ("rms", "max", "mean")
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        lse: [H, N], log sum_j exp(scale q_i.k_j + b_j).
+        output: [H, N, Dv], the softmax-weighted mean of the values.
+        scores: norm name -> [H, T], the norm over the N queries of the weights A_ij.
+    """
+
+    lse: Tensor
+    output: Tensor
+    scores: Mapping[str, Tensor]
+
+
+def attention_statistics(
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    *,
+    scale: float,
+    key_bias: Tensor | None = None,
+    norms: Sequence[str] = ("rms",),
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> AttentionStatistics:
+    """Streamed attention of all queries over all keys, without causality (AM paper, section 3).
+
+    Args:
+        keys: [H, T, D]; values: [H, T, Dv]; queries: [H, N, D]; fp16, bf16, fp32 or fp64.
+        key_bias: [H, T] or None. -inf hides a key; a head whose keys are all hidden has lse -inf
+            and output 0.
+        norms: which of ``SCORE_NORMS`` to compute; each costs a pass over the block.
+        chunk_bytes: bound of the largest temporary.
+    """
+    heads, columns, _ = keys.shape
+    rows = queries.shape[1]
+    dtype = accumulation_dtype(keys, values, queries)
+    row_bytes = columns * dtype.itemsize
+
+    lse = keys.new_empty(heads, rows, dtype=dtype)
+    output = keys.new_empty(heads, rows, values.shape[-1], dtype=dtype)
+    sums = {norm: keys.new_zeros(heads, columns, dtype=dtype) for norm in norms}
+
+    for block in head_blocks(heads, row_bytes, chunk_bytes):
+        k, v = keys[block].to(dtype), values[block].to(dtype)
+        bias = None if key_bias is None else key_bias[block]
+        for chunk in row_blocks(rows, k.shape[0], row_bytes, chunk_bytes):
+            weights, shift, total = shifted_exponentials(
+                queries[block, chunk].to(dtype), k, bias, scale
+            )
+            inverse = safe_reciprocal(total)  # [h, n, 1]
+            lse[block, chunk] = (shift + total.log()).squeeze(-1)
+            output[block, chunk] = torch.bmm(weights, v) * inverse
+            # The sums over queries are vector-matrix products with 1/total, so the weights
+            # themselves are never normalised.
+            row = inverse.transpose(1, 2)
+            if "mean" in sums:
+                sums["mean"][block] += torch.bmm(row, weights).squeeze(1)
+            if "max" in sums and columns > 0:
+                peak = (weights * inverse).amax(dim=1)
+                sums["max"][block] = torch.maximum(sums["max"][block], peak)
+            if "rms" in sums:
+                sums["rms"][block] += torch.bmm(row.square(), weights.square_()).squeeze(1)
+
+    scores = dict(sums)
+    if "mean" in scores:
+        scores["mean"] = sums["mean"] / rows
+    if "rms" in scores:
+        scores["rms"] = (sums["rms"] / rows).sqrt()
+    return AttentionStatistics(lse, output, scores)
