@@ -126,6 +126,11 @@ class CompactionConfig:
         Raises:
             CompactionConfigError: unknown option, wrong type, or a value out of range.
         """
+        if not isinstance(options, Mapping):
+            raise CompactionConfigError(
+                f"--kv-compaction-config: expected an object of options such as "
+                f'{{"ratio": 0.1}}, got {options!r}'
+            )
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -137,18 +142,14 @@ class CompactionConfig:
         if "ratio" in values:
             values["ratio"] = parse_ratio(values["ratio"])
         if values.get("threshold") is not None:
-            threshold = parse_threshold(values["threshold"])
-            values["threshold"] = (
-                threshold.tokens
-                if threshold.tokens is not None
-                else str(values["threshold"]).strip()
-            )
+            tokens = parse_threshold(values["threshold"]).tokens
+            values["threshold"] = str(values["threshold"]).strip() if tokens is None else tokens
         config = cls(**values)
         config._validate()
         return config
 
     def _validate(self) -> None:
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise CompactionConfigError(
                 f"--kv-compaction-config method={self.method!r}: the methods are "
                 f"{', '.join(sorted(METHODS))}"

@@ -203,7 +203,7 @@ def main() -> None:
             "outputs": outputs,
             "used_blocks": engine.used_blocks,
             "scheduler": type(engine.scheduler).__name__,
-            "runner": type(engine.worker.model_runner).__module__,
+            "runner": type(engine.worker.model_runner).__module__ if case.get("v2") else "",
         }
         if hasattr(engine.scheduler, "compaction"):
             result["compactions"] = engine.totals.compactions

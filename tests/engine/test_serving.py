@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -52,7 +53,7 @@ def test_museum_1_blocks_are_really_freed_in_the_same_step(tiny_model):
 
 @pytest.mark.slow
 def test_museum_2_3_bystanders_and_concurrency(tiny_model):
-    """112 concurrent requests: those that are off equal stock, the others equal themselves alone."""
+    """112 requests at once: those that are off equal stock, the others equal themselves alone."""
     rng = random.Random(3)
     prefix = random_prompt(rng, 96)
     asks = [
@@ -141,7 +142,7 @@ def test_same_prompt_many_times(tiny_model):
         assert engine.totals.compactions == 4
         ratio = SamplingParams(
             n=3,
-            temperature=0,
+            temperature=1.0,
             max_tokens=6,
             ignore_eos=True,
             detokenize=False,
@@ -164,7 +165,7 @@ def test_museum_20_prompt_four_times_the_pool(tiny_model):
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     }
-    with pytest.raises(Exception, match="KV cache|Engine core"), driver.start(tiny_model, **small):
+    with pytest.raises(Exception, match=r"KV cache|Engine core"), driver.start(tiny_model, **small):
         pass
     peak = 0
 
@@ -221,7 +222,7 @@ def test_museum_5_long_prompt_in_small_chunks(tiny_model):
     assert len(spans) >= 5
     assert spans[0][0] == BLOCK, "after the protected prefix"
     assert all(end <= computed - 64 for _, end, computed in spans)
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_prompt_that_fits_waits_for_its_question(tiny_model):
@@ -282,13 +283,13 @@ def test_museum_4_state_ends_with_the_request(tiny_model, kind):
 
 def test_preempted_in_identity_mode_equals_stock(tiny_model):
     """Acceptance 6, exactly: preempted when compacted, resumed, the same tokens as stock."""
-    asks = [Ask(random_prompt(random.Random(i), 300), 60) for i in range(8)]
+    asks = [Ask(random_prompt(random.Random(i), 200), 130) for i in range(8)]
     with driver.start(tiny_model) as engine:
         expected = engine.run(asks)
     identity = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
     preemptions = 0
     with driver.start(
-        tiny_model, identity, num_gpu_blocks_override=56, max_model_len=512
+        tiny_model, identity, num_gpu_blocks_override=62, max_model_len=512
     ) as engine:
         original = engine.scheduler._preempt_request
 
@@ -327,7 +328,7 @@ def test_pool_share_compacts_instead_of_preempting(tiny_model):
     assert serve(None, 97)[0] > 0
     preemptions, compaction = serve(options, 97)
     assert preemptions == 0
-    assert 0 < compaction.totals.compactions
+    assert compaction.totals.compactions > 0
     assert serve(options, 513)[1].totals.compactions == 0
 
 

@@ -13,7 +13,7 @@ worker.py           ``CPUWorker`` (worker_cpu.py)                          subcl
 spec.py             ``FullAttentionSpec``, ``FullAttentionManager``        registered, when on
 attention_cpu.py    ``CPUAttentionBackend`` and its impl                   subclassed, when on
 metrics.py          ``StatLoggerManager.__init__``, ``.record``            wrapped, when on
-request_params.py   ``InputProcessor._validate_params``                    wrapped, when on
+request_params.py   ``InputProcessor.process_inputs``                      wrapped, when on
 capabilities.py     reads ``VllmConfig`` only                              --
 =================== ====================================================== =======================
 

@@ -82,11 +82,11 @@ def activate(vllm_config: VllmConfig) -> None:
         UnsupportedByCompaction, CompactionConfigError: naming the flag and the fix.
     """
     capabilities.check(vllm_config)
-    classes = PLATFORM_CLASSES.get(vllm_config.parallel_config.worker_cls)
+    worker_cls = vllm_config.parallel_config.worker_cls
+    classes = PLATFORM_CLASSES.get(worker_cls)
     if classes is None:
         raise capabilities.UnsupportedByCompaction(
-            f"--kv-compaction does not support --worker-cls {vllm_config.parallel_config.worker_cls}"
-            " yet: drop --worker-cls"
+            f"--kv-compaction does not support --worker-cls {worker_cls} yet: drop it"
         )
     limits = EngineLimits.from_vllm_config(vllm_config)
     # A plain scheduler under async scheduling would be wrong, and vLLM does not check.

@@ -5,8 +5,8 @@ backend. vLLM's own CPU kernel packs keys in a tile order of its own, which neit
 per-key bias can share, so reads and writes of the cache are done here.
 
 A row attends to ``[protected prefix | compacted slots with bias | live tail]``. Keys keep the
-rotation of their original positions, so order and distance inside the cache do not matter; causality
-only concerns the newest tokens, which are always at the end.
+rotation of their original positions, so order and distance inside the cache do not matter;
+causality only concerns the newest tokens, which are always at the end.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.config import VllmConfig
 
-from vllm_am.config import CONFIG_KEY, CompactionConfig, Threshold
+from vllm_am.config import CONFIG_KEY, CompactionConfig, RequestOverrides, Threshold
 from vllm_am.engine.planner import Planner, ceil_div
 
 #: Bytes of one slot's bias (float32) per layer and KV head.
@@ -32,7 +32,7 @@ class EngineLimits:
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
-        """Raises :class:`~vllm_am.config.CompactionConfigError` for a threshold that cannot work."""
+        """Raises :class:`~vllm_am.config.CompactionConfigError` for an impossible threshold."""
         config = CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         block_size = vllm_config.cache_config.block_size
@@ -56,7 +56,21 @@ class EngineLimits:
             recent_tokens=self.config.recent_tokens,
             min_span_tokens=self.config.min_span_tokens,
             max_span_tokens=self.config.max_span_tokens,
+            protected_tokens=self.protected_tokens,
+            in_flight_tokens=self.in_flight_tokens,
         )
+
+    def blocks_needed(self, overrides: RequestOverrides, tokens: int) -> int:
+        """Blocks that a sequence of ``tokens`` needs at its peak, compacted as it asks to be."""
+        tokens = min(tokens, self.max_model_len)
+        if overrides.enabled:
+            planner = self.planner(0)
+            if overrides.threshold_tokens is not None:
+                planner = replace(planner, threshold=Threshold(overrides.threshold_tokens))
+            tokens = planner.peak_tokens(
+                overrides.ratio or self.config.ratio, tokens, self.in_flight_tokens
+            )
+        return ceil_div(tokens, self.block_size)
 
     @property
     def peak_tokens(self) -> int:

@@ -13,10 +13,14 @@ import numpy as np
 STEP_ATTRIBUTE = "kv_compaction"
 REPORTS_ATTRIBUTE = "kv_compaction_reports"
 
+OUT_OF_MEMORY, INTERNAL_ERROR = "out-of-memory", "internal-error"
+#: Why a fit can fail: the reasons of :class:`vllm_am.compaction.FitError`, and two of our own.
+FAILURES = ("non-finite", "no-queries", "singular", "no-mass", OUT_OF_MEMORY, INTERNAL_ERROR)
+
 
 @dataclass(frozen=True)
 class Segment:
-    """A compacted span of one sequence: tokens [start, end) now held in ``slots`` slots per head."""
+    """A compacted span: tokens [start, end) of one sequence, held in ``slots`` slots per head."""
 
     start: int
     end: int

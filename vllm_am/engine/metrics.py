@@ -20,7 +20,9 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-_ENTRY = "kv_compaction"
+from vllm_am.config import CONFIG_KEY
+from vllm_am.engine.messages import FAILURES
+
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0)
 
@@ -68,14 +70,14 @@ class CompactionStats:
 
     def attach(self, stats: SchedulerStats) -> None:
         """Put these on their way to the front end."""
-        stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), _ENTRY: asdict(self)}
+        stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), CONFIG_KEY: asdict(self)}
 
     @classmethod
     def detach(cls, stats: SchedulerStats | None) -> CompactionStats | None:
         """Take them out again, so that vLLM's connector metrics never see them."""
         if stats is None or not stats.kv_connector_stats:
             return None
-        entry = stats.kv_connector_stats.pop(_ENTRY, None)
+        entry = stats.kv_connector_stats.pop(CONFIG_KEY, None)
         stats.kv_connector_stats = stats.kv_connector_stats or None
         return None if entry is None else cls(**entry)
 
@@ -122,7 +124,7 @@ class CompactionMetrics:
             buckets=_ERROR_BUCKETS,
         )
         for engine in engine_indexes:  # so that every series exists from the start
-            self.record(CompactionStats(), engine)
+            self.record(CompactionStats(failures=dict.fromkeys(FAILURES, 0)), engine)
 
     def record(self, stats: CompactionStats, engine: int) -> None:
         """Add one report of engine ``engine``."""
@@ -153,7 +155,7 @@ def install() -> None:
     def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         original_init(self, vllm_config, *args, **kwargs)
         self._kv_compaction = None
-        if _ENTRY in (vllm_config.additional_config or {}):
+        if (vllm_config.additional_config or {}).get(CONFIG_KEY) is not None:
             # After vLLM's own: it unregisters every "vllm:" metric before it registers its own.
             self._kv_compaction = CompactionMetrics(vllm_config, list(self.engine_indexes))
 

@@ -95,21 +95,29 @@ class Planner:
         due = self.protected_tokens + self.recent_tokens + shortest
         # A step with the fit and a step until its report is seen go by before blocks come back.
         exact = max(due, self.threshold.tokens or 0) + 2 * in_flight_tokens + 2 * self.block_size
-        # Rounding to whole slots and blocks costs each segment less than a block.
-        blocks = ceil_div(slots_for(max_model_len, ratio), self.block_size)
-        compacted = (blocks + max_model_len // shortest) * self.block_size
+        # The most blocks per token that any length of span is rounded up to.
+        lengths = range(shortest, self.longest_span + 1, self.block_size)
+        blocks = max(self.span_blocks(n, ratio) / n for n in lengths) * max_model_len
+        compacted = math.ceil(blocks) * self.block_size
         target = self.span_blocks(exact, ratio) * self.block_size
         return min(max_model_len, exact + compacted + target)
 
-    def spans(self, sequences: Iterable[SequenceView], free_blocks: int) -> Iterator[Span]:
-        """Spans to compact now, most urgent first; the caller takes as many as it can place."""
+    def spans(
+        self, sequences: Iterable[SequenceView], free_blocks: int, coming_blocks: int = 0
+    ) -> Iterator[Span]:
+        """Spans to compact now, most urgent first; the caller takes as many as it can place.
+
+        Args:
+            sequences: the running sequences that no compaction is under way for.
+            free_blocks: blocks that can be had now.
+            coming_blocks: blocks that compactions under way will give back.
+        """
+        ready = [s for s in sequences if not self._can_wait(s, free_blocks)]
         if self.threshold.tokens is not None:
-            due = [s for s in sequences if self._over_threshold(s)]
+            due = [s for s in ready if self._over_threshold(s)]
         else:
-            due = self._under_pressure(list(sequences), free_blocks)
+            due = self._under_pressure(ready, free_blocks, coming_blocks)
         for sequence in due:
-            if self._can_wait(sequence, free_blocks):
-                continue
             span = self.next_span(sequence, free_blocks)
             if span is not None:
                 free_blocks -= ceil_div(span.slots, self.block_size)
@@ -120,14 +128,15 @@ class Planner:
         return limit is not None and sequence.exact_tokens > limit
 
     def _under_pressure(
-        self, sequences: list[SequenceView], free_blocks: int
+        self, sequences: list[SequenceView], free_blocks: int, coming_blocks: int
     ) -> list[SequenceView]:
         """Longest uncompacted sequences first, until the pool would be below its threshold.
 
         However high that is, the next step's tokens and a target to compact into must fit.
         """
         share = int((self.threshold.pool_share or 0) * self.num_blocks)
-        excess = max(self.num_blocks - share, self._headroom(sequences)) - free_blocks
+        excess = max(self.num_blocks - share, self._headroom(sequences))
+        excess -= free_blocks + coming_blocks
         due = [s for s in sequences if self._over_threshold(s)]
         rest = [s for s in sequences if s.threshold_tokens is None]
         for sequence in sorted(rest, key=lambda s: -s.exact_tokens):

@@ -159,8 +159,10 @@ class CompactionSchedulerMixin(Scheduler):
         if not views:
             return
         pool = self.kv_cache_manager.block_pool
-        in_work = sum(j.segment.end - j.segment.start for j in self.compaction.jobs.values())
-        for span in self.planner.spans(views, pool.get_num_free_blocks()):
+        segments = [job.segment for job in self.compaction.jobs.values()]
+        in_work = sum(s.end - s.start for s in segments)
+        coming = in_work // self.compaction_limits.block_size
+        for span in self.planner.spans(views, pool.get_num_free_blocks(), coming):
             if in_work and (in_work + span.end - span.start) > self.compaction_limits.step_tokens:
                 break
             in_work += span.end - span.start

@@ -20,13 +20,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_am.compaction import FitError, compact, evaluate_fit
 from vllm_am.compaction.write_pages import read_span, write_pages
 from vllm_am.engine.limits import EngineLimits
-from vllm_am.engine.messages import Activation, CompactionStep, FitReport, FitSlice
+from vllm_am.engine.messages import (
+    FAILURES,
+    INTERNAL_ERROR,
+    OUT_OF_MEMORY,
+    Activation,
+    CompactionStep,
+    FitReport,
+    FitSlice,
+)
 
 logger = init_logger("vllm.kv_compaction")
-
-#: Failure labels beyond :class:`FitError`'s own reasons.
-OUT_OF_MEMORY, INTERNAL_ERROR = "out-of-memory", "internal-error"
-FAILURES = ("non-finite", "no-queries", "singular", "no-mass", OUT_OF_MEMORY, INTERNAL_ERROR)
 
 _states: dict[str, WorkerState] = {}
 
