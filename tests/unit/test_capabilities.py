@@ -139,12 +139,11 @@ def test_every_fix_says_what_to_do(capabilities):
     [
         lambda config: None,
         put("speculative_config", SimpleNamespace(method="ngram")),
-        put("speculative_config", SimpleNamespace(method="suffix")),
         put("cache_config.cache_dtype", "bfloat16"),
         put("cache_config.cache_dtype", "float16"),
         put("model_config.hf_text_config", SimpleNamespace()),
     ],
-    ids=["plain", "ngram", "suffix", "bfloat16", "float16", "bare-hf-config"],
+    ids=["plain", "ngram", "bfloat16", "float16", "bare-hf-config"],
 )
 def test_supported_passes(capabilities, change):
     config = supported_config()

@@ -29,7 +29,7 @@ class Refusal:
 
 def _speculative(config: VllmConfig) -> bool:
     speculative = config.speculative_config
-    return speculative is not None and speculative.method not in ("ngram", "suffix")
+    return speculative is not None and speculative.method != "ngram"
 
 
 def _text_config(config: VllmConfig, name: str) -> Any:
@@ -100,7 +100,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "drop --kv-offloading-size",
     ),
     Refusal(
-        "draft-model speculation (--speculative-config; n-gram and suffix work)",
+        "speculation other than n-gram (--speculative-config)",
         _speculative,
         'use --speculative-config \'{"method": "ngram", ...}\', or drop it',
     ),

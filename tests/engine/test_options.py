@@ -1,0 +1,83 @@
+"""Museum row 18: every option changes what the engine does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+
+import pytest
+
+from tests.engine import driver
+from tests.engine.driver import Ask, random_prompt
+from vllm_am.config import CompactionConfig
+
+pytestmark = [pytest.mark.engine]
+
+BASE = {"ratio": 0.25, "threshold": 256}
+SHARE = {"ratio": 0.25, "threshold": "40%"}
+
+#: option -> (what is served without it, the value that must change something)
+CASES: dict[str, tuple[dict, object]] = {
+    "ratio": (BASE, 0.5),
+    "threshold": (BASE, 1800),
+    "method": (BASE, "test-copies-values"),
+    "reference_queries": (BASE, 512),
+    "queries_per_slot": (BASE, 64),
+    "query_pool_share": ({**BASE, "queries_per_slot": 64}, 1.0),
+    "heldout_share": (BASE, 0.5),
+    "recent_tokens": (BASE, 200),
+    "protected_tokens": (BASE, 100),
+    "min_span_tokens": (SHARE, 1400),
+    "max_span_tokens": (BASE, 320),
+    "layer_tokens_per_step": (BASE, 1024),
+}
+
+
+def _served(model, options):
+    """What compaction did with two long requests: every slice of work, every measured error."""
+    asks = [Ask(random_prompt(random.Random(i), 1400), 12) for i in range(2)]
+    with driver.start(model, options, num_gpu_blocks_override=129) as engine:
+        slices = []
+        issue = engine.scheduler._issue_slices
+
+        def spy():
+            for fit in issue():
+                slices.append((fit.segment, fit.part, fit.parts, len(fit.query_slots)))
+                yield fit
+
+        engine.scheduler._issue_slices = spy
+        outputs = engine.run(asks)
+        positions = len(next(iter(engine.worker._compaction.queries.values())))
+        return slices, engine.totals.output_errors, outputs, positions
+
+
+def test_every_option_has_a_case():
+    assert set(CASES) == {f.name for f in fields(CompactionConfig)}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    """What is served without the option, for the few different bases."""
+    known: dict[str, object] = {}
+
+    def get(options):
+        if repr(options) not in known:
+            known[repr(options)] = _served(tiny_model, options)
+        return known[repr(options)]
+
+    return get
+
+
+@pytest.mark.parametrize("option", CASES)
+def test_option_changes_what_the_engine_does(tiny_model, base, monkeypatch, option):
+    from dataclasses import replace
+
+    from vllm_am.compaction import METHODS
+
+    monkeypatch.setitem(
+        METHODS,
+        "test-copies-values",
+        replace(METHODS["highest-attention"], name="test-copies-values", fits_values=False),
+    )
+    options, value = CASES[option]
+    assert _served(tiny_model, {**options, option: value}) != base(options)
