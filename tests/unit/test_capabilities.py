@@ -87,7 +87,7 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
     ],
     "KV connectors": [put("kv_transfer_config", SimpleNamespace(kv_connector="x"))],
     "KV offloading": [put("cache_config.kv_offloading_size", 4.0)],
-    "draft-model speculation": [
+    "speculation other than n-gram": [
         put("speculative_config", SimpleNamespace(method=method))
         for method in ("eagle", "eagle3", "mtp", "draft_model", "medusa", None)
     ],

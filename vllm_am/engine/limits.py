@@ -103,19 +103,26 @@ class EngineLimits:
         wanted = self.config.queries_per_slot * ratio * tokens / self.queries_per_kv
         return min(1.0, min(max(wanted, LEAST_POSITIONS), self.sample_positions) / tokens)
 
+    @property
+    def least_pool_positions(self) -> int:
+        """The query pool always holds the queries of one sequence."""
+        return min(self.sample_positions, self.max_model_len)
+
     def query_pool_positions(self, num_blocks: int) -> int:
-        """Token positions the query pool holds: its share, but enough for one sequence."""
+        """Token positions the query pool holds: its share of the KV pool's, but enough for one."""
         pool_tokens = num_blocks * self.block_size
-        one = min(2 * self.sample_positions, self.max_model_len, pool_tokens)
-        return max(one, int(self.config.query_pool_share * pool_tokens))
+        share = int(self.config.query_pool_share * pool_tokens)
+        return max(min(self.least_pool_positions, pool_tokens), share)
 
-    def kv_share_of_memory(self, head_size: int, element_bytes: int) -> float:
-        """Share of the available memory that is left for keys and values.
+    def kv_bytes(self, available: int, bytes_per_token: float, bias_share: float) -> int:
+        """What is left for keys and values of ``available`` bytes, beside bias and query pool.
 
-        The rest is the bias (one float32 per slot beside 2 x head_size elements) and the query
-        pool (query_pool_share positions per token, queries_per_kv vectors beside a key and a
-        value).
+        Args:
+            available: bytes that vLLM would give to the KV cache.
+            bytes_per_token: keys and values of one token, all layers of the rank.
+            bias_share: bytes of the bias of one slot per byte of its key and value.
         """
-        bias = BIAS_BYTES / (2 * head_size * element_bytes)
-        queries = self.config.query_pool_share * self.queries_per_kv / 2
-        return 1 / (1 + bias + queries)
+        query_share = self.queries_per_kv / 2  # bytes of a position's queries per bytes_per_token
+        proportional = available / (1 + bias_share + self.config.query_pool_share * query_share)
+        one_sequence = self.least_pool_positions * query_share * bytes_per_token
+        return int(min(proportional, (available - one_sequence) / (1 + bias_share)))

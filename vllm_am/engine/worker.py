@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.limits import BIAS_BYTES, EngineLimits
 from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker_state import WorkerState
@@ -65,10 +65,14 @@ class CompactionWorkerMixin(_Base):
 
     def determine_available_memory(self) -> int:
         """Leave room for the bias of every slot and for the query pool."""
+        specs = list(super().get_kv_cache_spec().values())
+        available: int = super().determine_available_memory()
+        if not specs:
+            return available
+        bytes_per_token = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+        slots = sum(spec.num_kv_heads for spec in specs)
         limits = EngineLimits.from_vllm_config(self.vllm_config)
-        model = self.vllm_config.model_config
-        share = limits.kv_share_of_memory(model.get_head_size(), model.dtype.itemsize)
-        return int(super().determine_available_memory() * share)
+        return limits.kv_bytes(available, bytes_per_token, slots * BIAS_BYTES / bytes_per_token)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
