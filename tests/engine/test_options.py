@@ -25,7 +25,7 @@ CASES: dict[str, tuple[dict, object]] = {
     "queries_per_slot": (BASE, 64),
     "query_pool_share": ({**BASE, "queries_per_slot": 64}, 1.0),
     "heldout_share": (BASE, 0.5),
-    "recent_tokens": (BASE, 200),
+    "recent_tokens": (BASE, 150),
     "protected_tokens": (BASE, 100),
     "min_span_tokens": (SHARE, 1400),
     "max_span_tokens": (BASE, 320),

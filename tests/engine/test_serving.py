@@ -374,7 +374,7 @@ def test_accounting_under_fuzz(tiny_model, force_async):
 def test_long_fit_is_spread_over_steps(tiny_model):
     """The work of one step is bounded: layers of a long span are fitted in several steps, and the
     sequence goes on decoding on its exact KV meanwhile."""
-    asks = [Ask(random_prompt(random.Random(9), 900), 10)]
+    asks = [Ask(random_prompt(random.Random(9), 900), 40)]
     with driver.start(tiny_model, {**QUARTER, "layer_tokens_per_step": 900}) as engine:
         slices = []
         issue = engine.scheduler._issue_slices
