@@ -1,0 +1,1 @@
+"""Benchmarks and the bundled models they run on."""

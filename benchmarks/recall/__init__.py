@@ -1,0 +1,1 @@
+"""A small recall model, the documents it was trained on, and its evaluation."""
