@@ -102,8 +102,6 @@ class CompactionConfig:
     """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
     reference_queries: int = 8192
     """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
-    queries_per_slot: int = 8
-    """Reference query vectors aimed at per kept slot; fewer leave the value fit to its ridge."""
     query_pool_share: float = 1 / 32
     """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
     heldout_share: float = 1 / 8
@@ -116,7 +114,7 @@ class CompactionConfig:
     """Shortest span worth compacting when the threshold is a share of the pool."""
     max_span_tokens: int = 16384
     """Longest span fitted as one problem; longer ones become several segments."""
-    layer_tokens_per_step: int = 262144
+    layer_tokens_per_step: int = 65536
     """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
 
     @classmethod
@@ -156,7 +154,6 @@ class CompactionConfig:
             )
         whole = {
             "reference_queries": 1,
-            "queries_per_slot": 1,
             "recent_tokens": 1,
             "protected_tokens": 0,
             "min_span_tokens": 1,

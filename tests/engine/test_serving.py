@@ -13,7 +13,7 @@ from tests.engine.driver import BLOCK, Ask, random_prompt
 pytestmark = [pytest.mark.engine]
 
 #: No upper limit on sampled queries but the tokens themselves: fits repeat exactly.
-EXACT_SAMPLING = {"query_pool_share": 1.0, "queries_per_slot": 64}
+EXACT_SAMPLING = {"query_pool_share": 1.0}
 QUARTER = {"ratio": 0.25, "threshold": 160, "recent_tokens": 16, **EXACT_SAMPLING}
 OFF = {"kv_compaction": "off"}
 

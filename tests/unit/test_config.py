@@ -78,7 +78,6 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "threshold": ([None, 1024, "50%"], [0, "x"], "80%"),
     "method": (["highest-attention"], ["omp-typo", "", None, 1, []], "highest-attention"),
     "reference_queries": ([1, 50000], [0, -1, 1.5, "8192", True, None], ">= 1"),
-    "queries_per_slot": ([1, 64], [0, -1, 1.5, "8", True, None], ">= 1"),
     "query_pool_share": ([0, 0.25, 1], [-0.1, 1.1, "0.1", True, None, math.nan], "[0, 1]"),
     "heldout_share": ([0, 0.25, 0.5], [-0.1, 0.6, "0.1", True, None, math.nan], "[0, 0.5]"),
     "recent_tokens": ([1, 512], [0, -1, 1.5, "64", True, None], ">= 1"),
@@ -144,14 +143,13 @@ def test_museum_10_defaults_are_pinned():
         "method": "highest-attention",  # paper, section 3: rms attention, bias and value fits
         # Paper: 5,000 vectors per KV head preserve the quality; the reference's default is 10,000.
         "reference_queries": 8192,
-        "queries_per_slot": 8,  # ours
         "query_pool_share": 1 / 32,  # ours: a bound of memory
         "heldout_share": 1 / 8,  # ours
         "recent_tokens": 64,  # the reference's online mode keeps 20
         "protected_tokens": 4,  # attention sinks, as many as StreamingLLM keeps
         "min_span_tokens": 256,  # ours
         "max_span_tokens": 16384,  # ours
-        "layer_tokens_per_step": 262144,  # ours
+        "layer_tokens_per_step": 65536,  # ours
     }
     assert DEFAULT_THRESHOLD_TOKENS == 4096
 

@@ -19,6 +19,7 @@ def limits(plugin):
             max_model_len=32768,
             num_layers=36,
             queries_per_kv=4,
+            head_size=128,
             in_flight_tokens=8192,
         )
 
@@ -26,16 +27,16 @@ def limits(plugin):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "tokens", "positions"),
-    [
-        (0.1, 32768, 2048),  # capped by reference_queries / group
-        (0.02, 32768, 8 * 0.02 * 32768 / 4),  # queries_per_slot for each kept slot
-        (0.02, 2000, 512),  # at least so many
-        (0.1, 300, 300),  # all there are
-    ],
+    ("tokens", "positions"), [(32768, 2048), (2048, 2048), (300, 300)], ids=str
 )
-def test_sample_rate(limits, ratio, tokens, positions):
-    assert limits().sample_rate(ratio, tokens) * tokens == pytest.approx(positions)
+def test_sample_rate_takes_all_up_to_the_limit(limits, tokens, positions):
+    """reference_queries = 8192 vectors, four from each position."""
+    assert limits().sample_rate(tokens) * tokens == pytest.approx(positions)
+
+
+def test_work_counts_slots_as_well(limits):
+    assert limits().work(4096, 41) == 4096 + 13
+    assert limits().work(4096, 2048) == 4096 + 2048 * 2048 // 128
 
 
 @pytest.mark.parametrize("share", [0.0, 1 / 32, 0.5], ids=str)
@@ -66,5 +67,5 @@ def test_protected_prefix_is_whole_blocks(limits):
 
 
 def test_step_work_bound(limits):
-    assert limits(layer_tokens_per_step=36 * 1000).step_tokens == 1000
-    assert limits(layer_tokens_per_step=1).step_tokens == 16, "one block at least"
+    assert limits(layer_tokens_per_step=36 * 1000).step_work == 1000
+    assert limits(layer_tokens_per_step=1).step_work == 16, "one block at least"

@@ -12,9 +12,6 @@ from vllm_am.engine.planner import Planner, ceil_div
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
 
-#: Token positions that are sampled at least, where the sequence has them.
-LEAST_POSITIONS = 512
-
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -28,6 +25,7 @@ class EngineLimits:
     """Layers of one pipeline stage."""
     queries_per_kv: int
     """Query heads per KV head (the GQA group size)."""
+    head_size: int
     in_flight_tokens: int
 
     @classmethod
@@ -44,6 +42,7 @@ class EngineLimits:
             max_model_len=model.max_model_len,
             num_layers=max(1, model.get_num_layers(parallel)),
             queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
+            head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
         )
 
@@ -85,8 +84,8 @@ class EngineLimits:
         return ceil_div(self.config.protected_tokens, self.block_size) * self.block_size
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens whose fit, over all layers, is one step's work."""
+    def step_work(self) -> int:
+        """Work per layer (see :meth:`work`) that, done in all layers, fills one step."""
         return max(self.block_size, self.config.layer_tokens_per_step // self.num_layers)
 
     @property
@@ -94,14 +93,21 @@ class EngineLimits:
         """Token positions that give ``reference_queries`` queries per KV head."""
         return ceil_div(self.config.reference_queries, self.queries_per_kv)
 
-    def sample_rate(self, ratio: float, tokens: int) -> float:
+    def sample_rate(self, tokens: int) -> float:
         """Share of the token positions whose queries are kept, for a sequence of ``tokens``.
 
-        ``queries_per_slot`` vectors for each slot that will be kept, but enough positions for a
-        short sequence and no more than ``reference_queries`` allows.
+        All of them up to ``reference_queries``: what a later question looks for is often looked
+        for at few positions of the text itself, and a sparser sample misses it.
         """
-        wanted = self.config.queries_per_slot * ratio * tokens / self.queries_per_kv
-        return min(1.0, min(max(wanted, LEAST_POSITIONS), self.sample_positions) / tokens)
+        return min(1.0, self.sample_positions / max(1, tokens))
+
+    def work(self, tokens: int, slots: int) -> int:
+        """Cost of fitting one layer's span, in tokens of a span of few slots.
+
+        The statistics cost ``4 n T d`` operations for ``n`` queries and the Gram matrices
+        ``4 n t^2``, so ``t`` slots count like ``t^2 / d`` more tokens.
+        """
+        return tokens + slots * slots // self.head_size
 
     @property
     def least_pool_positions(self) -> int:

@@ -62,6 +62,8 @@ class Job:
     segment: Segment
     source_block_ids: tuple[int, ...]
     parts: int
+    slice_work: int
+    """Work of one part (see ``EngineLimits.work``)."""
     issued: int = 0
     report: FitReport | None = None
 
@@ -74,7 +76,7 @@ class SequenceOptions:
     ratio: float
     threshold_tokens: int | None
     sample_rate: float
-    """Share of the positions whose queries are kept; 0 for a sequence too short to need any."""
+    """Share of the token positions whose queries are kept."""
     not_before: int = 0
     """After a failed fit: tokens that must have been computed before it is tried again."""
 
@@ -159,33 +161,35 @@ class CompactionSchedulerMixin(Scheduler):
         if not views:
             return
         pool = self.kv_cache_manager.block_pool
-        segments = [job.segment for job in self.compaction.jobs.values()]
-        in_work = sum(s.end - s.start for s in segments)
-        coming = in_work // self.compaction_limits.block_size
+        jobs = self.compaction.jobs
+        coming = sum(len(job.source_block_ids) for job in jobs.values())
+        outstanding = sum(job.slice_work * (job.parts - job.issued) for job in jobs.values())
         for span in self.planner.spans(views, pool.get_num_free_blocks(), coming):
-            if in_work and (in_work + span.end - span.start) > self.compaction_limits.step_tokens:
+            if outstanding >= self.compaction_limits.step_work:
                 break
-            in_work += span.end - span.start
-            self._start_job(span)
+            if (job := self._start_job(span)) is not None:
+                outstanding += job.slice_work * job.parts
 
-    def _start_job(self, span: Span) -> None:
+    def _start_job(self, span: Span) -> Job | None:
         reserved = self.compacting_manager.reserve_target(self.compaction.next_job_id, span)
         if reserved is None:
-            return
+            return None
         segment, source = reserved
         self.query_pool.forget(segment.block_ids)
+        limits = self.compaction_limits
+        work = limits.work(span.end - span.start, span.slots)
+        parts = min(limits.num_layers, ceil_div(work, limits.step_work))
         job = Job(
             self.compaction.next_job_id,
             self.requests[span.request_id],
             segment,
             source,
-            parts=min(
-                self.compaction_limits.num_layers,
-                ceil_div(span.end - span.start, self.compaction_limits.step_tokens),
-            ),
+            parts,
+            slice_work=ceil_div(work, parts),
         )
         self.compaction.next_job_id += 1
         self.compaction.jobs[span.request_id] = job
+        return job
 
     def _view(self, request: Request) -> SequenceView | None:
         options = self._options(request)
@@ -215,17 +219,14 @@ class CompactionSchedulerMixin(Scheduler):
         if options is None:
             params = request.sampling_params
             overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
-            ratio = overrides.ratio or self.compaction_config.ratio
             threshold = overrides.threshold_tokens or self.planner.threshold.tokens
-            longest = request.num_prompt_tokens + request.max_tokens
-            rate = self.compaction_limits.sample_rate(
-                ratio, max(request.num_prompt_tokens, threshold or self.planner.min_span_tokens)
-            )
             options = SequenceOptions(
                 enabled=overrides.enabled,
-                ratio=ratio,
+                ratio=overrides.ratio or self.compaction_config.ratio,
                 threshold_tokens=threshold,
-                sample_rate=rate if threshold is None or longest > threshold else 0.0,
+                sample_rate=self.compaction_limits.sample_rate(
+                    max(request.num_prompt_tokens, threshold or 0)
+                ),
             )
             self.compaction.options[request.request_id] = options
         return options
@@ -234,11 +235,10 @@ class CompactionSchedulerMixin(Scheduler):
 
     def _issue_slices(self) -> Iterator[FitSlice]:
         """The next slices, oldest job first, within the work bound of one step (one at least)."""
-        budget = self.compaction_limits.step_tokens
+        budget = self.compaction_limits.step_work
         for job in self.compaction.jobs.values():
-            cost = ceil_div(job.segment.end - job.segment.start, job.parts)
             while job.issued < job.parts and budget > 0:
-                budget -= cost
+                budget -= job.slice_work
                 yield FitSlice(
                     job.job_id,
                     job.request.request_id,
@@ -272,9 +272,8 @@ class CompactionSchedulerMixin(Scheduler):
                 self.query_pool.forget(ids[0][fresh:])
         for request_id, count in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
+            # Also of requests that will not be compacted: their blocks may be another's prefix.
             options = self._options(request)
-            if not options.enabled or options.sample_rate == 0:
-                continue
             blocks = self.compacting_manager.req_to_blocks[request_id]
             offsets, slots = self.query_pool.sample(
                 lambda index, blocks=blocks: blocks[index].block_id,  # type: ignore[misc]
