@@ -127,7 +127,7 @@ def test_ragged_budgets(method):
     rows=st.integers(1, 60),
     seed=st.integers(0, 1000),
 )
-def test_any_budget(data, heads, columns, rows, seed):
+def test_museum_13_any_budget(data, heads, columns, rows, seed):
     """Also fewer queries than slots, and heads that carry padding from an earlier compaction."""
     keys, values, queries = random_problem(heads, columns, rows, 8, seed)
     sizes = st.lists(st.integers(0, columns), min_size=heads, max_size=heads)
@@ -268,7 +268,7 @@ def test_a_second_compaction_carries_the_bias():
     assert dropped[1] > 1.5 * twice[1]
 
 
-def test_ten_rounds_with_live_tokens_in_between():
+def test_museum_19_ten_rounds_with_live_tokens_in_between():
     """Decoding with repeated compaction: new keys arrive unbiased behind the compacted ones."""
     all_keys, all_values, queries, held_out = synthetic_head(1, T=1024)
     size, step = 128, 64
@@ -292,7 +292,7 @@ def test_ten_rounds_with_live_tokens_in_between():
     assert mass < 1.5 * once_mass
 
 
-def test_ten_rounds_of_shrinking():
+def test_museum_19_ten_rounds_of_shrinking():
     keys, values, queries, held_out = synthetic_head(2, T=512)
     current = compact(keys, values, queries, budget=450)
     for _ in range(9):
@@ -437,7 +437,7 @@ def test_singular_values_fit_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["zeros", "one key repeated"])
-def test_degenerate_contents_are_fine(content):
+def test_museum_13_degenerate_contents_are_fine(content):
     keys, values, queries = random_problem(2, 40, 90, 64)
     keys = torch.zeros_like(keys) if content == "zeros" else keys[:, :1].expand(2, 40, 64)
     result = compact(keys, values, queries, budget=9)

@@ -157,7 +157,7 @@ def mass_problem(H=3, T=80, N=300, D=64, t=20):
     return keys[:, :t].contiguous(), queries, lse
 
 
-def test_fit_is_the_joint_optimum_of_the_relative_mass_error():
+def test_museum_11_fit_is_the_joint_optimum_of_the_relative_mass_error():
     """Not one log-ratio per key, and one shift on both sides: an independent solver must agree."""
     keys, queries, lse = mass_problem()
     fit = fit_bias(keys, torch.zeros(3, 20), queries, lse, scale=0.125)

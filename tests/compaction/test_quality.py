@@ -81,7 +81,7 @@ def test_more_slots_are_better():
 
 
 @pytest.mark.parametrize("t", BUDGETS)
-def test_values_are_fitted_with_the_bias(t):
+def test_museum_12_values_are_fitted_with_the_bias(t):
     """Values fitted under another bias look fine until they meet the stored one."""
     keys, values, queries, held_out = synthetic_head(0)
     compacted = compact(keys, values, queries, budget=t)

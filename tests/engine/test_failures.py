@@ -75,7 +75,9 @@ def _fit_error(reason):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_failed_fit_leaves_the_sequence_exact(tiny_model, stock, monkeypatch, reason, inject):
+def test_museum_13_failed_fit_leaves_the_sequence_exact(
+    tiny_model, stock, monkeypatch, reason, inject
+):
     from vllm_am.engine import worker_state
 
     with driver.start(tiny_model, OPTIONS) as engine:

@@ -23,7 +23,7 @@ CHUNKED = {"max_num_batched_tokens": 192, "max_num_seqs": 16}
     [{}, CHUNKED, {**CHUNKED, "num_gpu_blocks_override": 65}],
     ids=["whole-prompts", "chunked-prefill", "tight-pool"],
 )
-def test_runner_v1(tiny_model, mixed, options, force_async):
+def test_museum_6_8_17_runner_v1(tiny_model, mixed, options, force_async):
     asks, expected = mixed
     with driver.start(tiny_model, IDENTITY, force_async=force_async, **options) as engine:
         outputs = engine.run(asks)
@@ -42,7 +42,7 @@ def _case(model, asks, **more):
 
 
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
-def test_runner_v2(tiny_model, mixed, force_async):
+def test_museum_6_8_17_runner_v2(tiny_model, mixed, force_async):
     asks, expected = mixed
     result = driver.run_case(
         _case(

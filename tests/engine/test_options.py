@@ -68,7 +68,7 @@ def base(tiny_model):
 
 
 @pytest.mark.parametrize("option", CASES)
-def test_option_changes_what_the_engine_does(tiny_model, base, monkeypatch, option):
+def test_museum_18_option_changes_what_the_engine_does(tiny_model, base, monkeypatch, option):
     from dataclasses import replace
 
     from vllm_am.compaction import METHODS

@@ -128,7 +128,7 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
         assert engine.totals.output_errors[1] == pytest.approx(engine.totals.output_errors[0], 0.2)
 
 
-def test_same_prompt_many_times(tiny_model):
+def test_museum_16_same_prompt_many_times(tiny_model):
     """Museum row 16 (n > 1): every sample of a prompt compacts and finishes, and none leaks."""
     from vllm import SamplingParams
 

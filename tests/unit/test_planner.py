@@ -63,7 +63,7 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("case", TRIGGERS.values(), ids=TRIGGERS.keys())
-def test_museum_09_trigger(case):
+def test_museum_9_trigger(case):
     sequence, free, expected = case
     got = list(make_planner().spans([sequence], free))
     assert [(span.start, span.end) for span in got] == ([expected] if expected else [])

@@ -94,7 +94,9 @@ def test_read_span_copies(dtype):
     ],
     ids=["partial", "full", "ragged", "empty-head", "block-of-one", "spare-block"],
 )
-def test_write_pages_writes_its_pages_and_nothing_else(layout, dtype, block_size, lengths, table):
+def test_museum_7_write_pages_writes_its_pages_and_nothing_else(
+    layout, dtype, block_size, lengths, table
+):
     dim = 5
     pool = make_pool(layout, block_size, dim, dtype)
     bias = torch.arange(BLOCKS * HEADS * block_size).float().view(BLOCKS, HEADS, block_size)

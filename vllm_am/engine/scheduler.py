@@ -346,10 +346,12 @@ class CompactionSchedulerMixin(Scheduler):
         options.not_before = job.request.num_computed_tokens + max(
             self.planner.min_span_tokens, job.segment.end - job.segment.start
         )
+        # Loud once for each reason; the metric counts them all.
+        log = logger.debug if reason in self.compaction.totals.failures else logger.warning
         self._count(CompactionStats(failures={reason: 1}))
-        logger.warning(
+        log(
             "KV compaction: request %s, tokens [%d, %d): fit failed (%s); the sequence stays "
-            "uncompacted and exact",
+            "uncompacted and exact, and so does every later one (vllm:kv_compaction_failures)",
             job.request.request_id,
             job.segment.start,
             job.segment.end,
