@@ -1,0 +1,75 @@
+"""Answers after compaction, on the bundled model: quality in the engine, not only in the fit."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.recall.documents import is_correct, make_document, messages
+from tests.engine import driver
+from tests.engine.driver import ROOT, Ask
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MODEL = ROOT / "benchmarks" / "recall" / "model"
+OPTIONS = {"threshold": 800}
+
+
+def _right_answers(engine, extra_args=None, count=16):
+    """How many of the first questions about two held-out documents are answered right."""
+    tokenizer = engine.llm.get_tokenizer()
+    asks, questions = [], []
+    for seed in (501, 502):
+        document = make_document(seed, tokens=1600)
+        for question in document.questions[: count // 2]:
+            ids = tokenizer.apply_chat_template(
+                messages(document, question), add_generation_prompt=True, return_dict=False
+            )
+            asks.append(Ask(tuple(ids), 24, extra_args))
+            questions.append(question)
+    outputs = engine.run(asks)
+    end = tokenizer.eos_token_id
+    right = 0
+    for index, question in enumerate(questions):
+        tokens = outputs[str(index)]
+        tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+        right += is_correct(question, tokenizer.decode(tokens, skip_special_tokens=True))
+    return right, len(questions)
+
+
+def test_answers_survive_five_times_less_memory():
+    """Acceptance 1, in short: full cache nearly perfect, 5x at least 80 % of it."""
+    with driver.start(MODEL, {**OPTIONS, "ratio": "5x"}, max_model_len=4096) as engine:
+        full, asked = _right_answers(engine, {"kv_compaction": "off"})
+        assert engine.totals.compactions == 0
+        compacted, _ = _right_answers(engine)
+        assert engine.totals.compactions == asked
+    assert full >= 0.9 * asked
+    assert compacted >= 0.8 * full
+
+
+def test_nothing_but_the_context_has_the_answers():
+    """The measure itself: with nearly all of the document gone, the answers go too."""
+    options = {**OPTIONS, "ratio": 0.002, "recent_tokens": 32}
+    with driver.start(MODEL, options, max_model_len=4096) as engine:
+        right, asked = _right_answers(engine)
+        assert engine.totals.compactions == asked
+    assert right <= 0.5 * asked
+
+
+def test_demo(tmp_path):
+    """``make demo`` in small: runs, keeps its promise, and writes table and plot."""
+    command = "--documents 1 --questions 6 --ratios 5x --tokens 1200 --output"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.demo", *command.split(), str(tmp_path)],
+        check=True,
+        cwd=ROOT,
+        timeout=500,
+    )
+    with (tmp_path / "demo.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert "5x" in (tmp_path / "demo.md").read_text()
