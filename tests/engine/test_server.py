@@ -35,12 +35,14 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 @pytest.fixture(scope="module")
 def server(tiny_model, tmp_path_factory):
     """A served tiny model; the driver's variable for in-process engines must not reach it."""
-    os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    os.environ.pop("VLLM_LOGGING_LEVEL", None)
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server(str(tiny_model), FLAGS, log, ENVIRONMENT) as running:
-        running.wait_until_ready()
-        yield running
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        environment.delenv("VLLM_LOGGING_LEVEL", raising=False)
+        with Server(str(tiny_model), FLAGS, log, ENVIRONMENT) as running:
+            environment.undo()  # the server has its environment; other tests need theirs
+            running.wait_until_ready()
+            yield running
 
 
 def _complete(server, length, **body):
