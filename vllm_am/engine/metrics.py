@@ -68,6 +68,11 @@ class CompactionStats:
         self.mass_errors += other.mass_errors
         self.failures = dict(Tally(self.failures) + Tally(other.failures))
 
+    def forget_old_observations(self, keep: int = 1000) -> None:
+        """Bound the lists, where the statistics are kept for good."""
+        for observations in (self.seconds, self.output_errors, self.mass_errors):
+            del observations[:-keep]
+
     def attach(self, stats: SchedulerStats) -> None:
         """Put these on their way to the front end."""
         stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), CONFIG_KEY: asdict(self)}

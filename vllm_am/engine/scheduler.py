@@ -16,7 +16,6 @@ A compaction takes three steps of the engine, in which the sequence goes on as b
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -382,8 +381,10 @@ class CompactionSchedulerMixin(Scheduler):
     # -- metrics and checks ---------------------------------------------------------------------
 
     def _count(self, stats: CompactionStats) -> None:
-        self.compaction.stats.add(stats)
-        self.compaction.totals.add(copy.deepcopy(stats))
+        self.compaction.totals.add(stats)
+        self.compaction.totals.forget_old_observations()
+        if self.log_stats:  # else nobody would ever collect them
+            self.compaction.stats.add(stats)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

@@ -101,6 +101,11 @@ class CompactionWorkerMixin(_Base):
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self._attach_reports(super().sample_tokens(grammar_output))
 
+    def shutdown(self) -> None:
+        if self._compaction is not None:
+            self._compaction.release(self.vllm_config)
+        super().shutdown()
+
     def _attach_reports(self, output: Any) -> Any:
         """``execute_model`` returns None where ``sample_tokens`` brings the output later."""
         if output is None or self._compaction is None or not self._unsent_reports:

@@ -118,6 +118,10 @@ class WorkerState:
             ids = [self.runner.req_states.index_to_req_id.get(slot) for slot in slots[:num_rows]]
         return ids + [None] * (num_rows - len(ids))
 
+    def release(self, vllm_config: VllmConfig) -> None:
+        """The engine goes: another one may follow in this process."""
+        _states.pop(vllm_config.instance_id, None)
+
     # -- one step -------------------------------------------------------------------------------
 
     def begin_step(self, step: CompactionStep | None, gone: set[str]) -> list[FitReport]:
