@@ -187,3 +187,13 @@ def test_engine_without_compaction_has_no_series(metrics, registry, manager):
     carrier = SimpleNamespace(kv_connector_stats={"connector": 1})
     loggers.record(carrier, "iteration")
     assert loggers.seen == [({"connector": 1}, "iteration", None, None)]
+
+
+def test_old_observations_are_forgotten_counts_are_not(metrics):
+    """What the scheduler keeps for its whole life does not grow with it."""
+    totals = metrics.CompactionStats()
+    for _ in range(5):
+        totals.add(one(metrics))
+        totals.forget_old_observations(keep=3)
+    assert totals.compactions == 5 and totals.tokens == 5000
+    assert len(totals.seconds) == len(totals.output_errors) == len(totals.mass_errors) == 3

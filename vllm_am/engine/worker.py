@@ -1,9 +1,9 @@
 """Compaction inside vLLM's workers: allocate its tensors, run its work before each forward pass.
 
-vLLM symbols touched (subclassed, selected through ``parallel_config.worker_cls``):
-``v1.worker.cpu_worker.CPUWorker`` and ``v1.worker.gpu_worker.Worker``, their
+vLLM symbols touched (a mixin over the platform's worker class, selected through
+``parallel_config.worker_cls``; today ``v1.worker.cpu_worker.CPUWorker``, in worker_cpu.py):
 ``get_kv_cache_spec``, ``determine_available_memory``, ``initialize_from_config``,
-``execute_model``, ``sample_tokens``.
+``execute_model``, ``sample_tokens``, ``shutdown``.
 
 ``execute_model`` is the one place that precedes everything a step does to the KV cache, on both
 model runners: zeroing of blocks, copy-on-write, slot mapping, forward. So blocks freed by a commit
