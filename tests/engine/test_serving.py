@@ -128,6 +128,46 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
         assert engine.totals.output_errors[1] == pytest.approx(engine.totals.output_errors[0], 0.2)
 
 
+@pytest.mark.parametrize("copies", [2, 4], ids=["prefix-hit", "n=4"])
+def test_block_counts_with_a_shared_prefix(tiny_model, copies):
+    """Sequences on one cached prefix: its exact blocks are counted once while anyone holds them,
+    each compacted part belongs to one sequence, and every count is as computed."""
+    rng = random.Random(12)
+    prefix = random_prompt(rng, 640)
+    own = [() if copies == 4 else random_prompt(rng, 30 + i) for i in range(copies)]
+    # The first one computes the prefix, the others hit it two steps later.
+    asks = [Ask(prefix + own[i], 30, arrives=2 * min(i, 1)) for i in range(copies)]
+    span = (640 - 16) // BLOCK * BLOCK - BLOCK if copies == 4 else 640 - BLOCK
+    target = _blocks(span // 4)
+    mixed_counts = set()
+
+    def expected(engine):
+        """Blocks in use, from token counts alone."""
+        exact_prefix, private = 0, 0
+        for request in engine.scheduler.requests.values():
+            held = _blocks(request.num_computed_tokens)
+            if not held:
+                continue
+            segments = engine.scheduler.compacting_manager.segments(request.request_id)
+            fitting = request.request_id in engine.scheduler.compaction.jobs
+            shared = (span + BLOCK) // BLOCK  # blocks of the prefix that full hits share
+            exact_prefix = max(exact_prefix, 1 if segments else shared)
+            private += held - shared + target * (bool(segments) + fitting)
+        return exact_prefix + private
+
+    def watch(engine, step):
+        assert engine.used_blocks == expected(engine)
+        mixed_counts.add((len(engine.scheduler.running), engine.totals.compactions))
+
+    with driver.start(tiny_model, QUARTER) as engine:
+        engine.before_step = watch
+        engine.run(asks)
+        assert engine.totals.compactions == copies
+        assert engine.totals.tokens == copies * span
+        assert engine.used_blocks == 0
+    assert {(copies, 1), (copies, copies)} <= mixed_counts, "some compacted beside others not"
+
+
 def test_museum_16_same_prompt_many_times(tiny_model):
     """Museum row 16 (n > 1): every sample of a prompt compacts and finishes, and none leaks."""
     from vllm import SamplingParams
