@@ -223,11 +223,11 @@ def test_museum_20_prompt_four_times_the_pool(tiny_model):
 
 
 def test_generation_outgrows_the_pool(tiny_model):
-    """2,600 generated tokens in a pool of 1,024 slots."""
+    """2,600 generated tokens in a pool of 1,088 slots."""
     with driver.start(
         tiny_model,
         {"ratio": 0.05, "threshold": 320, "recent_tokens": 32},
-        num_gpu_blocks_override=33,
+        num_gpu_blocks_override=35,
         max_model_len=3000,
         max_num_batched_tokens=128,
     ) as engine:
