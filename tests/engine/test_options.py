@@ -11,7 +11,7 @@ from tests.engine import driver
 from tests.engine.driver import Ask, random_prompt
 from vllm_am.config import CompactionConfig
 
-pytestmark = [pytest.mark.engine]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BASE = {"ratio": 0.25, "threshold": 256}
 SHARE = {"ratio": 0.25, "threshold": "40%"}

@@ -222,6 +222,7 @@ def test_museum_20_prompt_four_times_the_pool(tiny_model):
     assert peak <= 64
 
 
+@pytest.mark.slow
 def test_generation_outgrows_the_pool(tiny_model):
     """1,600 generated tokens in a pool of 992 slots."""
     with driver.start(
