@@ -350,7 +350,7 @@ class CompactionSchedulerMixin(Scheduler):
         self._count(CompactionStats(failures={reason: 1}))
         log(
             "KV compaction: request %s, tokens [%d, %d): fit failed (%s); the sequence stays "
-            "uncompacted and exact, and so does every later one (vllm:kv_compaction_failures)",
+            "uncompacted and exact (more of these are only counted: vllm:kv_compaction_failures)",
             job.request.request_id,
             job.segment.start,
             job.segment.end,
