@@ -230,6 +230,9 @@ class CompactionConfig:
     """Most tokens that the model answers to each of the ``prompts``."""
     pass_tokens: int = 2048
     """Most tokens that one reference pass reads; longer texts are repeated in several passes."""
+    on_policy: bool = False
+    """Each layer is compacted in the middle of a forward pass of the reference texts, from the
+    queries that arrive there through the layers compacted before it."""
     reference_prompts: dict[str, list[list[int]]] | None = None
     """Token ids of what passes read, by source; None: encoded at startup from the texts above."""
     query_pool_share: float = 1 / 32
@@ -370,6 +373,16 @@ class CompactionConfig:
             raise CompactionConfigError(
                 f"--kv-compaction-config prompts_file={self.prompts_file!r}: has no effect "
                 'without queries "prompts" (or a mixture with it); add that'
+            )
+        if not isinstance(self.on_policy, bool):
+            raise CompactionConfigError(
+                f"--kv-compaction-config on_policy={self.on_policy!r}: expected true or false"
+            )
+        if self.on_policy and not self.pass_fraction:
+            raise CompactionConfigError(
+                f"--kv-compaction-config on_policy={self.on_policy!r}: has no effect without a "
+                f"query source that reads texts ({', '.join(PASS_SOURCES)}); queries is "
+                f"{self.queries!r}"
             )
         if unused := sorted(set(given) - set(asked)):
             raise CompactionConfigError(

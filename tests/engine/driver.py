@@ -231,6 +231,7 @@ def main() -> None:
             result["compactions"] = engine.totals.compactions
             result["failures"] = engine.totals.failures
             result["reference_tokens"] = engine.totals.reference_tokens
+            result["reference_shortfalls"] = engine.totals.reference_shortfalls
             result["blocks_freed"] = engine.totals.blocks_freed
     print(json.dumps(result))
 

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[dict, object]] = {
     "prompts_file": (ASKED, "two.txt"),
     "prompts_tokens": (ASKED, 3),
     "pass_tokens": (REPEAT, 128),
+    "on_policy": (REPEAT, True),
     "reference_prompts": (ASKED_IDS, {"prompts": [[7, 8, 9, 10]]}),
     "query_pool_share": (BASE, 1.0),
     "heldout_share": (BASE, 0.5),

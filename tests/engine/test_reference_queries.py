@@ -23,6 +23,7 @@ SOURCES = {
     "self-study": {"queries": "self-study", **WRITING},
     "prompts": {"queries": "prompts", "reference_prompts": PROMPTS, **WRITING},
     "random": {"queries": "random"},
+    "on-policy": {"queries": {"repeat-prefill": 1, "self-study": 1}, "on_policy": True, **WRITING},
     "mixture": {
         "queries": {"repeat-prefill": 1, "self-study": 2, "context-prefill": 1, "random": 1},
         **WRITING,
@@ -41,23 +42,27 @@ def long_answers(tiny_model):
 def _watch_fits(engine):
     """(request, start, end, query slots, random positions) of every slice that is sent."""
     fits = []
-    issue = engine.scheduler._issue_slices
 
-    def spy():
-        for fit in issue():
-            drawn = fit.random_queries.positions if fit.random_queries else 0
-            segment = fit.segment
-            fits.append((fit.request_id, segment.start, segment.end, fit.query_slots, drawn))
-            yield fit
+    def watch(issue):
+        def spy(*args):
+            for fit in issue(*args):
+                drawn = fit.random_queries.positions if fit.random_queries else 0
+                segment = fit.segment
+                fits.append((fit.request_id, segment.start, segment.end, fit.query_slots, drawn))
+                yield fit
 
-    engine.scheduler._issue_slices = spy
+        return spy
+
+    engine.scheduler._issue_slices = watch(engine.scheduler._issue_slices)
+    engine.scheduler._fits_on_policy = watch(engine.scheduler._fits_on_policy)
     return fits
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "force_async"),
-    [(source, False) for source in SOURCES] + [("repeat", True), ("mixture", True)],
+    [(source, False) for source in SOURCES]
+    + [("repeat", True), ("mixture", True), ("on-policy", True)],
 )
 def test_identity_equals_stock(tiny_model, long_answers, source, force_async):
     """Passes change nobody's tokens, not those of their own parent either."""
@@ -146,11 +151,11 @@ def test_mixture_keeps_its_fractions_and_the_cap(tiny_model):
         found = []
         reference_slots = engine.scheduler._reference_slots
 
-        def spy(span):
-            slots = set(reference_slots(span).tolist())
+        def spy(span, passes=()):
+            slots = set(reference_slots(span, passes).tolist())
             context = slots & set(engine.scheduler._context_slots(span).tolist())
             found.append((len(slots), len(context)))
-            return reference_slots(span)
+            return reference_slots(span, passes)
 
         engine.scheduler._reference_slots = spy
         engine.run([Ask(random_prompt(random.Random(1), 400), 12)])
@@ -297,8 +302,9 @@ def test_passes_are_in_no_metric_but_their_own(tiny_model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("on_policy", [False, True], ids=["before", "on-policy"])
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
-def test_accounting_under_fuzz(tiny_model, force_async):
+def test_accounting_under_fuzz(tiny_model, force_async, on_policy):
     """120 random requests with aborts in a small pool: every step, every block's reference count
     equals its owners, passes among them; passes run, make way, and are thrown out."""
     rng = random.Random(11)
@@ -325,6 +331,7 @@ def test_accounting_under_fuzz(tiny_model, force_async):
         "queries": {"repeat-prefill": 0.5, "self-study": 0.5},
         "starters": ["w5 w6"],
         "self_study_tokens": 24,
+        "on_policy": on_policy,
     }
     with driver.start(
         tiny_model,
@@ -349,11 +356,21 @@ def test_accounting_under_fuzz(tiny_model, force_async):
 
         count("_start_pass")
         count("_end_pass")
+        fits: list[bool] = []
+        begin_step = engine.worker._compaction.begin_step
+
+        def spy(step, gone):
+            fits.extend(fit.on_policy is not None for fit in (step.fits if step else ()))
+            return begin_step(step, gone)
+
+        engine.worker._compaction.begin_step = spy
         outputs = engine.run(asks)
         totals = engine.totals
         assert totals.compactions > 15 and not totals.failures
         assert 0 < totals.reference_shortfalls < totals.compactions
         assert events["_start_pass"] > 25 and events["_end_pass"] > 0
+        assert fits.count(True) > 5 if on_policy else not any(fits)
+        assert not all(fits), "some find no room for it"
         assert engine.used_blocks == 0
         assert not scheduler.passes and not scheduler.studies and not scheduler.requests
         assert not scheduler.query_pool.passes()

@@ -98,6 +98,7 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "prompts_file": ([None], ["", 1, "questions.txt"], ""),
     "prompts_tokens": ([1, 64], [0, -1, 1.5, "64", True, None], ">= 1"),
     "pass_tokens": ([64, 8192], [0, 63, 64.5, "64", True, None], ">= 64"),
+    "on_policy": ([False], [True, 0, 1, "true", None], ""),
     "reference_prompts": (
         [None],
         [1, [[1]], {"x": [[1]]}, {"prompts": []}, {"prompts": [[]]}, {"prompts": [["a"]]}],
@@ -193,6 +194,7 @@ def test_museum_10_defaults_are_pinned():
         "prompts_file": None,
         "prompts_tokens": 32,  # ours
         "pass_tokens": 2048,  # ours; the reference repeats a whole chunk in one pass
+        "on_policy": False,  # the reference's default too
         "reference_prompts": None,
         "query_pool_share": 1 / 32,  # ours: a bound of memory
         "heldout_share": 1 / 8,  # ours

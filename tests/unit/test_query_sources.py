@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_am.config import CompactionConfig
-from vllm_am.engine.query_sources import PassPlan, plan_passes, select, shifts_behind, thin
+from vllm_am.engine.query_sources import (
+    PassPlan,
+    plan_passes,
+    read_together,
+    select,
+    shifts_behind,
+    thin,
+)
 
 PROMPTS = {
     "repeat-prefill": [[90, 91, 92]],
@@ -32,6 +39,26 @@ def config(queries, **options):
 @pytest.mark.parametrize("queries", ["context-prefill", "random"])
 def test_sources_without_passes_plan_none(queries):
     assert plan_passes(config(queries), range(500), NO_LIMIT, 1000) == []
+
+
+def test_what_the_model_wrote_is_read_again():
+    plan = PassPlan("self-study", (1, 2), 64, 0.5)
+    assert plan.written([7, 8, 9]) == PassPlan("self-study", (1, 2, 7, 8), 0, 0.5)
+    assert plan.written([7]).tokens == plan.written([]).tokens == (1, 2)
+
+
+def test_one_step_reads_evenly_chosen_passes():
+    plans = [PassPlan("repeat-prefill", tuple(range(i, i + 10)), 0, 0.25) for i in range(6)]
+    assert read_together(plans, 8, 60, 100) == plans
+    first_tokens = [plan.tokens[0] for plan in read_together(plans, 8, 35, 100)]
+    assert first_tokens == [1, 3, 5], "three of six: one of each pair"
+    (one,) = read_together(plans, 1, 60, 100)
+    assert one.sample_rate == 1.0, "all of a sixth is less than a quarter of everything"
+    halves = read_together(plans, 3, 60, 100)
+    assert [plan.sample_rate for plan in halves] == [0.5] * 3
+    assert read_together(plans, 8, 9, 100) == [], "no pass fits"
+    assert read_together(plans, 8, 60, 9) == [], "all would be cut into chunks"
+    assert read_together([], 8, 60, 100) == []
 
 
 def test_short_span_is_repeated_in_one_pass():

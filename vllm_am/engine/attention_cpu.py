@@ -156,6 +156,7 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
         state = metadata.state
         if state is not None and len(metadata.capture_slots):
             state.queries[layer.layer_name][metadata.capture_slots] = query[metadata.capture_rows]
+            state.fit_on_policy(layer.layer_name)
         for row in metadata.rows:
             compacted = None
             if row.compacted is not None and state is not None:

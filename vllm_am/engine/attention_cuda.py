@@ -237,6 +237,9 @@ class CompactionAttentionImpl(PlainLayer, FlashAttentionImpl):
             num_splits=metadata.max_num_splits,
             fa_version=self.vllm_flash_attn_version,
         )
+        if state.fits_on_policy:  # never in a graph: a reference pass is no decode
+            _keep_queries(compacted, query, layer.layer_name)
+            state.fit_on_policy(layer.layer_name)
         attend_compacted(
             query,
             part,
@@ -250,6 +253,13 @@ class CompactionAttentionImpl(PlainLayer, FlashAttentionImpl):
             capture=QueryCapture(compacted.capture_slots, state.queries[layer.layer_name]),
         )
         return output
+
+
+def _keep_queries(compacted: CompactedRows, query: torch.Tensor, layer_name: str) -> None:
+    """Into the query pool ahead of ``attend_compacted``, which does it along the way."""
+    slots = compacted.capture_slots
+    kept = slots >= 0
+    compacted.state.queries[layer_name][slots[kept]] = query[kept]
 
 
 class CompactionCUDABackend(FlashAttentionBackend):

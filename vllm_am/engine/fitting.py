@@ -1,13 +1,15 @@
 """The compactions that a worker is fitting: slice by slice, with their budgets and outcome.
 
-A slice covers some layers, all of whose heads are fitted as one batch. Everything a fit writes goes
+A slice covers some layers, all of whose heads are fitted as one batch. An on-policy fit is one
+slice, whose layers are fitted one by one from inside the forward pass. Everything a fit writes goes
 to pages that belong to nobody else, so a failed or forgotten fit needs no clean-up.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.distributed import get_pp_group, get_tp_group
@@ -94,38 +96,87 @@ class Fitting:
         if fit.part == 0:
             self.running[fit.job_id] = FitProgress(fit.request_id)
         progress = self.running[fit.job_id]
-        started = time.perf_counter()
-        if progress.failure is None:
-            progress.failure = self._guarded(fit, progress)
-        progress.seconds += time.perf_counter() - started
-        if fit.part + 1 < fit.parts:
-            return None
-        report = self._report(fit.job_id, progress)
+        self._guarded(progress, lambda: self._run_slice(fit, progress))
+        return self._finish(fit.job_id) if fit.part + 1 == fit.parts else None
+
+    def begin_on_policy(self, fit: FitSlice) -> tuple[torch.Tensor, ...] | None:
+        """Divide the pages of a fit that takes place in the coming forward pass.
+
+        Returns:
+            the page lists that its layers are going to be written to; None where it failed.
+        """
+        assert fit.on_policy is not None
+        measured = replace(
+            fit,
+            query_slots=fit.on_policy.measured_slots,
+            query_shifts=fit.on_policy.measured_shifts,
+        )
+        progress = self.running[fit.job_id] = FitProgress(fit.request_id)
+
+        def divide() -> None:
+            if self.config.budgets == "global":
+                for layer in range(len(self.queries)):
+                    self._measure(range(layer, layer + 1), measured, progress)
+                progress.statistics.clear()  # of other queries than those of the fit
+            progress.lists = self._divide_pages(fit, progress)
+
+        self._guarded(progress, divide)
+        return None if progress.failure else progress.lists
+
+    def fit_on_policy(self, fit: FitSlice, layer: int) -> None:
+        """One layer of it, from the queries that have just arrived there."""
+        progress = self.running[fit.job_id]
+        layers = range(layer, layer + 1)
+        self._guarded(progress, lambda: self._fit_layers(layers, fit, progress))
+
+    def end_on_policy(self, fit: FitSlice) -> FitReport:
+        """After the forward pass."""
+        progress = self.running[fit.job_id]
+        every = len(self.queries) * self.kv.num_kv_heads
+        if progress.failure is None and progress.heads != every:
+            logger.error(
+                "KV compaction: the forward pass fitted %d of %d heads of request %s",
+                progress.heads,
+                every,
+                fit.request_id,
+            )
+            progress.failure = INTERNAL_ERROR
+        return self._finish(fit.job_id)
+
+    def _finish(self, job_id: int) -> FitReport:
+        report = self._report(job_id, self.running[job_id])
         if report.failure is not None:
-            del self.running[fit.job_id]
+            del self.running[job_id]
         return report
 
-    def _guarded(self, fit: FitSlice, progress: FitProgress) -> str | None:
-        """Measure or fit the layers of one slice; why it failed, or None."""
+    def _guarded(self, progress: FitProgress, work: Callable[[], None]) -> None:
+        """Do some of the work of a fit, unless it has failed already; remember why it fails."""
+        if progress.failure is not None:
+            return
+        started = time.perf_counter()
+        try:
+            work()
+        except FitError as error:
+            progress.failure = error.reason
+        except (MemoryError, torch.OutOfMemoryError):
+            progress.failure = OUT_OF_MEMORY
+        except Exception:  # whatever it is, the sequence can go on as it is
+            logger.exception("KV compaction: a fit failed unexpectedly")
+            progress.failure = INTERNAL_ERROR
+        progress.seconds += time.perf_counter() - started
+
+    def _run_slice(self, fit: FitSlice, progress: FitProgress) -> None:
+        """Measure or fit the layers of one slice."""
         passes = 2 if self.config.budgets == "global" else 1
         parts = fit.parts // passes
         part = fit.part % parts
         layers = range(len(self.queries) * part // parts, len(self.queries) * (part + 1) // parts)
-        try:
-            if fit.part < (passes - 1) * parts:
-                self._measure(layers, fit, progress)
-                return None
-            if part == 0:
-                progress.lists = self._divide_pages(fit, progress)
-            self._fit_layers(layers, fit, progress)
-        except FitError as error:
-            return error.reason
-        except (MemoryError, torch.OutOfMemoryError):
-            return OUT_OF_MEMORY
-        except Exception:  # whatever it is, the sequence can go on as it is
-            logger.exception("KV compaction: a fit failed unexpectedly")
-            return INTERNAL_ERROR
-        return None
+        if fit.part < (passes - 1) * parts:
+            self._measure(layers, fit, progress)
+            return
+        if part == 0:
+            progress.lists = self._divide_pages(fit, progress)
+        self._fit_layers(layers, fit, progress)
 
     def _measure(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
         """Statistics of these layers' heads, before the pages of all heads are divided."""

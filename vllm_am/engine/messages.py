@@ -53,6 +53,22 @@ class RandomQueries:
 
 
 @dataclass(frozen=True)
+class OnPolicy:
+    """The fit happens inside this step's forward pass: layer by layer, just before each attends.
+
+    The passes see, in every layer, what the fit has just made of the span in place of the span.
+    """
+
+    pass_ids: tuple[str, ...]
+    """The reference passes of this step; all of their tokens are computed in it."""
+    measured_slots: np.ndarray
+    """int64 [n]: slots of the queries that the pages are divided by (global budgets): those there
+    are before the forward pass."""
+    measured_shifts: np.ndarray
+    """int64 [n]: see :class:`FitSlice`."""
+
+
+@dataclass(frozen=True)
 class FitSlice:
     """One step's share of a compaction: fit layers ``part``/``parts`` of the span into its blocks.
 
@@ -73,6 +89,8 @@ class FitSlice:
     part: int
     parts: int
     random_queries: RandomQueries | None = None
+    on_policy: OnPolicy | None = None
+    """None: fitted before the forward pass, from queries that are there already."""
 
 
 @dataclass(frozen=True)

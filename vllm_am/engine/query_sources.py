@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,37 @@ class PassPlan:
     def length(self) -> int:
         """Most tokens the pass computes; of what is written, all but the last one."""
         return len(self.tokens) + max(0, self.answer_tokens - 1)
+
+    def written(self, answer: Sequence[int]) -> PassPlan:
+        """The same text with what the model wrote, to be read in one go.
+
+        Without the last token, whose query nobody has computed before either.
+        """
+        return replace(self, tokens=(*self.tokens, *answer[:-1]), answer_tokens=0)
+
+
+def read_together(
+    plans: Sequence[PassPlan], count: int, tokens: int, longest: int
+) -> list[PassPlan]:
+    """What of ``plans`` one step reads: evenly chosen passes, as many as fit.
+
+    Args:
+        plans: passes that write nothing.
+        count: passes that may run, at most.
+        tokens: that the step has left, over all of them.
+        longest: tokens of a pass that vLLM does not cut into chunks.
+
+    Returns:
+        the chosen ones, their sample rates raised so that as many queries are kept in all.
+    """
+    fitting = [plan for plan in plans if len(plan.tokens) <= longest]
+    for chosen in range(min(count, len(fitting)), 0, -1):
+        found = [fitting[(2 * i + 1) * len(fitting) // (2 * chosen)] for i in range(chosen)]
+        read = sum(len(plan.tokens) for plan in found)
+        if read <= tokens:
+            more = sum(len(plan.tokens) for plan in plans) / read
+            return [replace(p, sample_rate=min(1.0, p.sample_rate * more)) for p in found]
+    return []
 
 
 def plan_passes(

@@ -10,6 +10,10 @@ came through a connector, so nothing is computed twice and there is no second mo
 to the query pool under its own name and outlive its blocks. When all passes of a sequence are over,
 its compaction starts, with their queries.
 
+On-policy the texts are read once more when the model has written its own, all of them in one step,
+in whose forward pass the layers are compacted (``Fitting.fit_on_policy``): each layer from queries
+that come through layers compacted before it, at the price of one pass and not of one per layer.
+
 A pass never stands in a user's way: it starts only while nobody waits, in free blocks and a free
 slot; it is scheduled behind all users and ends early, keeping the queries it has, when they need
 its blocks or its slot. What is missing is made up from the queries of the prompt itself. Passes are
@@ -35,9 +39,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import SharedPrefix
-from vllm_am.engine.planner import ceil_div
+from vllm_am.engine.planner import Span, ceil_div
 from vllm_am.engine.query_pool import QueryPool
-from vllm_am.engine.query_sources import PassPlan, plan_passes
+from vllm_am.engine.query_sources import PassPlan, plan_passes, read_together
 from vllm_am.engine.spec import CompactingManager
 
 #: How the model writes in self-study (paper's code, without thinking).
@@ -55,11 +59,15 @@ class Study:
     """All reference passes of one sequence before one compaction of it."""
 
     parent: Request
-    end: int
-    """The passes see the parent's tokens [0, end), whole blocks."""
+    span: Span
+    """What is going to be compacted. The passes see the parent's tokens [0, end) of it."""
     target_blocks: int
     """Blocks that its compaction will need: passes leave them free."""
     waiting: deque[PassPlan]
+    together: list[PassPlan] = field(default_factory=list)
+    """On-policy: what is read in one step, once nothing is waiting or running."""
+    in_step: list[str] = field(default_factory=list)
+    """On-policy: the passes that were started to be read in this step."""
     running: dict[str, PassPlan] = field(default_factory=dict)
     owners: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     """By source: owners in the query pool of what its passes left there."""
@@ -69,8 +77,12 @@ class Study:
     """Some of the passes did not run to their end."""
 
     @property
+    def end(self) -> int:
+        return self.span.end
+
+    @property
     def over(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self.together
 
 
 def end_tokens(model: ModelConfig) -> list[int]:
@@ -107,18 +119,22 @@ class ReferencePassMixin(Scheduler):
 
     # -- studies --------------------------------------------------------------------------------
 
-    def begin_study(self, parent: Request, start: int, end: int, target_blocks: int) -> Study:
-        """Plan the passes before tokens [start, end) of ``parent`` are compacted.
+    def begin_study(self, parent: Request, span: Span) -> Study:
+        """Plan the passes before a span of ``parent`` is compacted.
 
         The study is over at once where there is no room for any pass.
         """
         plans = plan_passes(
             self.compaction_config,
-            parent.all_token_ids[start:end],
-            room=self.max_model_len - self.num_lookahead_tokens - end,
+            parent.all_token_ids[span.start : span.end],
+            room=self.max_model_len - self.num_lookahead_tokens - span.end,
             positions=self.compaction_limits.sample_positions,
         )
-        study = Study(parent, end, target_blocks, deque(plans), cut_short=not plans)
+        target = ceil_div(span.slots, self.compaction_limits.block_size)
+        study = Study(parent, span, target, deque(plans), cut_short=not plans)
+        if self.compaction_config.on_policy:
+            study.waiting = deque(plan for plan in plans if plan.answer_tokens)
+            study.together = [plan for plan in plans if not plan.answer_tokens]
         self.studies[parent.request_id] = study
         return study
 
@@ -136,37 +152,84 @@ class ReferencePassMixin(Scheduler):
         """No further passes; those that run go on."""
         study.cut_short = True
         study.waiting.clear()
+        study.together.clear()
 
     # -- passes ---------------------------------------------------------------------------------
 
     def _start_passes(self) -> None:
         """Make requests of planned passes, as many as free slots and blocks allow."""
         for study in self.studies.values():
-            while study.waiting and self._may_start() and self._has_blocks(study):
+            while (
+                study.waiting
+                and self._may_start()
+                and self._has_blocks(study.end, study.waiting[0])
+            ):
                 self._start_pass(study, study.waiting.popleft())
-            if study.waiting and not self.passes:
+            if study.together and not study.waiting and not study.running:
+                self._start_together(study)
+            if (study.waiting or study.together) and not self.passes:
                 # Slots come free in time. In a full pool nothing does without compaction.
                 study.idle_steps += 1
-                if study.idle_steps > PATIENCE_STEPS or not self._has_blocks(study):
+                first = study.waiting[0] if study.waiting else study.together[0]
+                if study.idle_steps > PATIENCE_STEPS or not self._has_blocks(study.end, first):
                     self._cut_short(study)
+
+    def _start_together(self, study: Study) -> None:
+        """Start the passes that one step can read, if that is worth it now."""
+        if not self._may_start():
+            return
+        slots = self.max_num_active_reqs - self._active_requests() - self._new_passes()
+        most = self.max_num_scheduled_tokens
+        free = most - sum(self._tokens_due(request) for request in self.running)
+        if 2 * free < most:
+            return  # somebody's prefill goes first
+        longest = self.scheduler_config.long_prefill_token_threshold or most
+        plans = read_together(study.together, slots, min(free, most), longest)
+        if not plans:
+            self._cut_short(study)
+        elif self._has_blocks(study.end, *plans):
+            study.together.clear()
+            for plan in plans:
+                study.in_step.append(self._start_pass(study, plan))
+
+    def _tokens_due(self, request: Request) -> int:
+        """Tokens of a running request that the next step computes, if they fit."""
+        due = request.num_tokens_with_spec + request.num_output_placeholders
+        return max(1, due - request.num_computed_tokens)
+
+    def read_in_step(self, study: Study, output: SchedulerOutput) -> tuple[str, ...]:
+        """The passes that were to be read together, if all are wholly read in this step.
+
+        If not, they go on like any other pass, and the fit that follows is not on-policy.
+        """
+        passes, study.in_step = tuple(study.in_step), []
+        whole = all(
+            pass_id in study.running
+            and output.num_scheduled_tokens.get(pass_id) == len(study.running[pass_id].tokens)
+            for pass_id in passes
+        )
+        return passes if whole else ()
 
     def _may_start(self) -> bool:
         """Nobody waits, and a slot is free."""
         unpaused = self._pause_state == PauseState.UNPAUSED
         if not unpaused or self.waiting or self.kv_holding_waiting:
             return False
-        new = sum(self.requests[p].status != RequestStatus.RUNNING for p in self.passes)
-        return self._active_requests() + new < self.max_num_active_reqs
+        return self._active_requests() + self._new_passes() < self.max_num_active_reqs
 
     def _active_requests(self) -> int:
         return len(self.running) + self.num_waiting_for_streaming_input
 
-    def _has_blocks(self, study: Study) -> bool:
-        """The next pass fits beside what users, compactions and running passes will need."""
+    def _new_passes(self) -> int:
+        """Passes that have been started since the last step."""
+        return sum(self.requests[p].status != RequestStatus.RUNNING for p in self.passes)
+
+    def _has_blocks(self, end: int, *plans: PassPlan) -> bool:
+        """These passes fit beside what users, compactions and running passes will need."""
         spoken_for = len(self.running) + sum(s.target_blocks for s in self.studies.values())
         spoken_for += sum(self._blocks_to_come(pass_id) for pass_id in self.passes)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        own = self._own_blocks(study.end, study.waiting[0])
+        own = sum(self._own_blocks(end, plan) for plan in plans)
         return own + spoken_for + self._blocks_awaited() <= free
 
     def _blocks_awaited(self) -> int:
@@ -188,7 +251,8 @@ class ReferencePassMixin(Scheduler):
         shared = study.end // self.compaction_limits.block_size
         return max(0, self._own_blocks(study.end, study.running[pass_id]) - (held - shared))
 
-    def _start_pass(self, study: Study, plan: PassPlan) -> None:
+    def _start_pass(self, study: Study, plan: PassPlan) -> str:
+        """Returns the id of the request that it becomes."""
         parent, end = study.parent, study.end
         pass_id = f"{parent.request_id}::reference-{study.started}"
         params = SamplingParams(
@@ -214,6 +278,7 @@ class ReferencePassMixin(Scheduler):
         self.passes[pass_id] = study
         self.requests[pass_id] = request
         self.compacting_manager.share_prefix(parent.request_id, pass_id, end)
+        return pass_id
 
     def _end_pass(self, pass_id: str) -> None:
         """Before its time; the queries that it left stay with its study."""
@@ -301,12 +366,24 @@ class ReferencePassMixin(Scheduler):
         if study is not None:
             self._ended_passes.add(request.request_id)
             self.reference_tokens += request.num_computed_tokens - study.end
+            for source, owners in self.owners_of_passes(study, [request.request_id]).items():
+                study.owners.setdefault(source, []).extend(owners)
             plan = study.running.pop(request.request_id)
-            blocks = len(self.compacting_manager.req_to_blocks[request.request_id])
-            shared = study.end // self.compaction_limits.block_size
-            owners = study.owners.setdefault(plan.source, [])
-            owners += [(request.request_id, index) for index in range(shared, blocks)]
+            if self.compaction_config.on_policy and plan.answer_tokens and not study.cut_short:
+                study.together.append(plan.written(request.output_token_ids))
         super()._free_request_blocks(request)
+
+    def owners_of_passes(
+        self, study: Study, pass_ids: Iterable[str]
+    ) -> dict[str, list[tuple[str, int]]]:
+        """By source: owners in the query pool of what running passes have left there so far."""
+        owners: dict[str, list[tuple[str, int]]] = {}
+        shared = study.end // self.compaction_limits.block_size
+        for pass_id in pass_ids:
+            blocks = len(self.compacting_manager.req_to_blocks[pass_id])
+            own = [(pass_id, index) for index in range(shared, blocks)]
+            owners.setdefault(study.running[pass_id].source, []).extend(own)
+        return owners
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

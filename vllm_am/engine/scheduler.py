@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_am.config import CONFIG_KEY, CompactionConfig, RequestOverrides
+from vllm_am.config import CONFIG_KEY, PASS_SOURCES, CompactionConfig, RequestOverrides
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import (
     REPORTS_ATTRIBUTE,
@@ -42,6 +42,7 @@ from vllm_am.engine.messages import (
     CompactionStep,
     FitReport,
     FitSlice,
+    OnPolicy,
     QuerySample,
     RandomQueries,
     Segment,
@@ -163,6 +164,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         step.fits = [f for f in step.fits if f.request_id in self.compaction.jobs]
         step.shared = self.shared_prefixes(output)
         self._sample_queries(output, step)
+        step.fits.extend(self._fits_on_policy(output))
         if step:
             setattr(output, STEP_ATTRIBUTE, step)
         return output
@@ -209,8 +211,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             request = self.requests[due.request_id]
             if view.computed < view.prompt or request.prompt_token_ids is None:
                 return due
-            target = ceil_div(due.slots, self.compaction_limits.block_size)
-            study = self.begin_study(request, due.start, due.end, target)
+            study = self.begin_study(request, due)
         if not study.over:
             return None
         if due.end <= study.end:
@@ -219,8 +220,27 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return self.planner.next_span(seen, free)
 
-    def _start_job(self, span: Span) -> Job | None:
-        query_slots, random_queries = self._reference_slots(span), self._random_queries(span)
+    def _fits_on_policy(self, output: SchedulerOutput) -> Iterator[FitSlice]:
+        """The fits that take place in the forward pass of this step, whose passes are read there.
+
+        One that finds no room after all comes later, when the passes have left their queries.
+        """
+        for study in self.studies.values():
+            passes = self.read_in_step(study, output)
+            if not passes:
+                continue
+            measured = self._reference_slots(study.span)
+            job = self._start_job(study.span, passes)
+            if job is not None:
+                job.issued = job.parts
+                shifts = self._shifts(measured, study.span)
+                on_policy = OnPolicy(passes, measured, shifts)
+                yield replace(self._slice(job), part=0, parts=1, on_policy=on_policy)
+
+    def _start_job(self, span: Span, passes: Sequence[str] = ()) -> Job | None:
+        """Reserve the target and decide on the queries; ``passes``: on-policy, of this step."""
+        query_slots = self._reference_slots(span, passes)
+        random_queries = self._random_queries(span)
         if not self.query_pool.can_hold(len(query_slots)):
             return None
         reserved = self.compacting_manager.reserve_target(self.compaction.next_job_id, span)
@@ -231,17 +251,18 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         limits = self.compaction_limits
         work = limits.work(span.end - span.start, span.slots)
         parts = min(limits.num_layers, ceil_div(work, limits.step_work))
-        self._check_queries(span, query_slots, random_queries)
+        self._count_shortfall(span, on_policy=bool(passes))
+        self._warn_of_few_queries(span, query_slots, random_queries)
         # Global budgets: all layers are measured before any of them is fitted.
-        passes = 2 if self.compaction_config.budgets == "global" else 1
-        parts *= passes
+        rounds = 2 if self.compaction_config.budgets == "global" else 1
+        parts *= rounds
         job = Job(
             self.compaction.next_job_id,
             self.requests[span.request_id],
             segment,
             source,
             parts,
-            slice_work=ceil_div(work * passes, parts),
+            slice_work=ceil_div(work * rounds, parts),
             query_slots=query_slots,
             query_shifts=self._shifts(query_slots, span),
             random_queries=random_queries,
@@ -251,11 +272,17 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         self.compaction.jobs[span.request_id] = job
         return job
 
-    def _check_queries(self, span: Span, slots: np.ndarray, drawn: RandomQueries | None) -> None:
-        """Count a fit without the passes it should have; warn once of one with few queries."""
+    def _count_shortfall(self, span: Span, on_policy: bool) -> None:
+        """Count a fit without the passes it should have, or not in the middle of them."""
         study = self.studies.get(span.request_id)
-        if self.compaction_config.pass_fraction and (study is None or study.cut_short):
+        missing = self.compaction_config.pass_fraction and (study is None or study.cut_short)
+        if missing or on_policy != self.compaction_config.on_policy:
             self._count(CompactionStats(reference_shortfalls=1))
+
+    def _warn_of_few_queries(
+        self, span: Span, slots: np.ndarray, drawn: RandomQueries | None
+    ) -> None:
+        """Once."""
         positions = len(slots) + (drawn.positions if drawn else 0)
         queries = positions * self.compaction_limits.queries_per_kv
         needed = QUERIES_PER_SLOT * span.slots
@@ -322,19 +349,23 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         for job in self.compaction.jobs.values():
             while job.issued < job.parts and budget > 0:
                 budget -= job.slice_work
-                yield FitSlice(
-                    job.job_id,
-                    job.request.request_id,
-                    job.segment,
-                    job.source_block_ids,
-                    job.query_slots,
-                    job.query_shifts,
-                    self.compaction_config.method,
-                    part=job.issued,
-                    parts=job.parts,
-                    random_queries=job.random_queries,
-                )
+                yield self._slice(job)
                 job.issued += 1
+
+    def _slice(self, job: Job) -> FitSlice:
+        """The next one."""
+        return FitSlice(
+            job.job_id,
+            job.request.request_id,
+            job.segment,
+            job.source_block_ids,
+            job.query_slots,
+            job.query_shifts,
+            self.compaction_config.method,
+            part=job.issued,
+            parts=job.parts,
+            random_queries=job.random_queries,
+        )
 
     def _shifts(self, slots: np.ndarray, span: Span) -> np.ndarray:
         """int64 [n]: by how much each of the sampled queries is moved."""
@@ -342,19 +373,25 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             return np.zeros_like(slots)
         return shifts_behind(self.query_pool.positions[slots], span.end)
 
-    def _reference_slots(self, span: Span) -> np.ndarray:
-        """Sampled positions of all sources, in the proportions of the mixture."""
+    def _reference_slots(self, span: Span, passes: Sequence[str] = ()) -> np.ndarray:
+        """Sampled positions of all sources, in the proportions of the mixture.
+
+        Args:
+            passes: on-policy, those that are read in this step: no others then.
+        """
         study = self.studies.get(span.request_id)
-        found = {"context": self._context_slots(span)}
-        for source, owners in study.owners.items() if study is not None else ():
-            found[source] = self.query_pool.slots(owners)
+        owners = {} if study is None else study.owners
+        if study is not None and passes:
+            owners = self.owners_of_passes(study, passes)
+        found = {source: self.query_pool.slots(of) for source, of in owners.items()}
+        found["context"] = self._context_slots(span)
+        due = set(self.compaction_config.query_fractions) & set(PASS_SOURCES)
         return select(
             found,
             self.compaction_config.query_fractions,
             self.compaction_limits.sample_positions,
             keep_last=PROMPT_TAIL_POSITIONS,
-            cut_short=bool(self.compaction_config.pass_fraction)
-            and (study is None or study.cut_short),
+            cut_short=not due <= set(owners) or (study is not None and study.cut_short),
         )
 
     def _context_slots(self, span: Span) -> np.ndarray:

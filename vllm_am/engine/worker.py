@@ -101,12 +101,12 @@ class CompactionWorkerMixin(_Base):
         )
         step = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         reports = state.begin_step(step, gone)
-        if get_pp_group().is_last_rank:  # the only stage whose output the scheduler sees
-            self._unsent_reports += reports
         try:
             output = super().execute_model(scheduler_output)
         finally:
-            state.step = None
+            reports += state.end_step()
+        if get_pp_group().is_last_rank:  # the only stage whose output the scheduler sees
+            self._unsent_reports += reports
         return self._attach_reports(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -23,7 +23,13 @@ from vllm_am.compaction.pages import PagedKV, page_table
 from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
 from vllm_am.engine.fitting import Fitting
 from vllm_am.engine.limits import EngineLimits
-from vllm_am.engine.messages import Activation, CompactionStep, FitReport
+from vllm_am.engine.messages import (
+    Activation,
+    CompactionStep,
+    FitReport,
+    FitSlice,
+    Segment,
+)
 from vllm_am.engine.rotary import rotaries
 
 _states: dict[str, WorkerState] = {}
@@ -198,13 +204,45 @@ class WorkerState:
             self._activate(activation)
         for shared in step.shared:
             self.sequences[shared.request_id] = self.sequences[shared.parent_id]
-        return [report for fit in step.fits if (report := self.fitting.run(fit)) is not None]
+        for fit in self.fits_on_policy:
+            self._begin_on_policy(fit)
+        fits = (fit for fit in step.fits if fit.on_policy is None)
+        return [report for fit in fits if (report := self.fitting.run(fit)) is not None]
+
+    @property
+    def fits_on_policy(self) -> list[FitSlice]:
+        """The fits that take place in the forward pass of the step being executed."""
+        fits = [] if self.step is None else self.step.fits
+        return [fit for fit in fits if fit.on_policy is not None]
+
+    def fit_on_policy(self, layer_name: str) -> None:
+        """In the forward pass, once a layer's queries are in the pool and before it attends."""
+        for fit in self.fits_on_policy:
+            self.fitting.fit_on_policy(fit, self.layer_indices[layer_name])
+
+    def end_step(self) -> list[FitReport]:
+        """After the forward pass, or after what was raised in it."""
+        reports = [self.fitting.end_on_policy(fit) for fit in self.fits_on_policy]
+        self.step = None
+        return reports
+
+    def _begin_on_policy(self, fit: FitSlice) -> None:
+        """The passes attend to the target from its first layer on; where that failed, exactly."""
+        lists = self.fitting.begin_on_policy(fit)
+        if lists is None or fit.on_policy is None:
+            return
+        for pass_id in fit.on_policy.pass_ids:
+            self._extend(pass_id, fit.segment, lists)
 
     def _activate(self, activation: Activation) -> None:
-        segment, lists = activation.segment, self.fitting.take(activation.job_id)
-        sequence = self.sequences.get(activation.request_id)
+        lists = self.fitting.take(activation.job_id)
+        self._extend(activation.request_id, activation.segment, lists)
+
+    def _extend(self, request_id: str, segment: Segment, lists: tuple[torch.Tensor, ...]) -> None:
+        """From now on the sequence attends to the segment in place of its tokens."""
+        sequence = self.sequences.get(request_id)
         if sequence is None:
             sequence = CompactedSequence(segment.start, segment.end, lists, self.kv.pages.device)
         else:
             sequence = sequence.extended(segment.end, lists)
-        self.sequences[activation.request_id] = sequence
+        self.sequences[request_id] = sequence
