@@ -27,17 +27,14 @@ import csv
 import json
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Annotated
@@ -52,6 +49,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.machine import machine_line
 from benchmarks.plots import plot_modes
 from benchmarks.recall.documents import Document, Question, is_correct, make_document, messages
 from benchmarks.serving import Completion, Metrics, Server, ServerError, concurrently
@@ -398,18 +396,6 @@ def find_problems(results: Sequence[Result]) -> list[str]:
 
 
 # -- files ----------------------------------------------------------------------------------------
-
-
-def machine_line() -> str:
-    """CPU, cores, versions and commit, in one line."""
-    cpu = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo") as lines:
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    git = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("vllm", "torch", "vllm-am"))
-    cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores; {packages}; commit {git.stdout.strip() or 'unknown'}"
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:

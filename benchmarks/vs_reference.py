@@ -49,7 +49,7 @@ from rich.text import Text
 from torch import Tensor
 
 from benchmarks.cases import VS_REFERENCE, Case, cases_of
-from benchmarks.demo import machine_line
+from benchmarks.machine import machine_line
 from benchmarks.plots import Series, plot_series
 from benchmarks.recall.documents import chat_words, make_document
 from benchmarks.recall.model import load, rope_tables

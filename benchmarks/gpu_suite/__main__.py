@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_suite.report import RESULTS, Report, machine
+from benchmarks.gpu_suite.report import RESULTS, Report
+from benchmarks.machine import machine_line
 
 ROOT = Path(__file__).parents[2]
 #: Seconds that a part may take.
@@ -122,7 +123,7 @@ def main() -> int:
     chosen = [part for part in PARTS if options.part is None or part.name in options.part]
     if options.here:
         return max(run_here(part, options.out, options.smoke) for part in chosen)
-    print(machine(), flush=True)
+    print(machine_line(), flush=True)
     failed = []
     passed_on = ["--out", str(options.out.absolute()), *(["--smoke"] if options.smoke else [])]
     for part in chosen:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+from benchmarks.machine import machine_line
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 
@@ -38,7 +34,7 @@ class Report:
             writer.writerows(self.rows)
         module = getattr(sys.modules["__main__"].__spec__, "name", "?").removesuffix(".__main__")
         command = f"`{' '.join(['python -m', module, *sys.argv[1:]])}`"
-        lines = [f"# {self.title}", "", f"{command}, {machine()}.", ""]
+        lines = [f"# {self.title}", "", f"{command}, {machine_line()}.", ""]
         lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         for row in self.rows:
             lines.append(f"| {' | '.join(_cell(row.get(c, '')) for c in columns)} |")
@@ -48,28 +44,3 @@ class Report:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def machine() -> str:
-    """GPU, driver, versions and commit, in one line."""
-    parts = [platform.machine()]
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        parts = [torch.cuda.get_device_name(), f"driver {driver.split()[0] if driver else '?'}"]
-    for package in ("vllm", "torch", "triton", "vllm-am"):
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    parts.append(f"commit {commit()}")
-    return ", ".join(parts)
-
-
-def commit() -> str:
-    """Of the working tree; from $VLLM_AM_COMMIT where the tree came without its repository."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(
-        describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return os.environ.get("VLLM_AM_COMMIT") or found.stdout.strip() or "unknown"

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.demo import machine_line
+from benchmarks.machine import machine_line
 from benchmarks.quality.chat import ChatClient, Reply, Sampling
 from benchmarks.quality.datasets import (
     DatasetError,

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.demo import machine_line
+from benchmarks.machine import commit, machine_line
 from benchmarks.quality import engine_backend, tensor_backend
 from benchmarks.quality.conversations import (
     RECALL,
@@ -257,13 +257,12 @@ def main(
         for length in lengths.split(",")
         for kind in densities
     ]
-    machine = machine_line()
     store = Store(output, fresh)
     for setting in settings:
-        _measure(console, setting, plan, wanted, store, machine.rsplit(" ", 1)[1])
+        _measure(console, setting, plan, wanted, store, commit())
         console.print(_table([row for row in store.rows if row.setting == setting]))
     command = " ".join(["python -m benchmarks.quality", *map(shlex.quote, sys.argv[1:])])
-    write_markdown(output.with_suffix(".md"), store.rows, command, machine)
+    write_markdown(output.with_suffix(".md"), store.rows, command, machine_line())
     write_plot(output.with_suffix(".png"), store.rows)
     names = ", ".join(output.with_suffix(s).name for s in (".csv", ".md", ".png"))
     console.print(f"Written to {os.path.relpath(output.parent)}: {names}")

@@ -1,0 +1,47 @@
+"""What a result was measured with: the machine, versions, the commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def machine_line() -> str:
+    """GPU and driver, or CPU and cores; versions; commit. In one line."""
+    device = _gpu() if torch.cuda.is_available() else _cpu()
+    packages = []
+    for package in ("vllm", "torch", "triton", "vllm-am"):
+        try:
+            packages.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{device}; {', '.join(packages)}; commit {commit()}"
+
+
+def commit() -> str:
+    """Of the working tree; from $VLLM_AM_COMMIT where the tree came without its repository."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(
+        describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return os.environ.get("VLLM_AM_COMMIT") or found.stdout.strip() or "unknown"
+
+
+def _gpu() -> str:
+    # Not through torch: a context of this process would take memory from what is measured.
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    name, _, driver = (found or ["?, ?"])[0].partition(", ")
+    return f"{name}, driver {driver}"
+
+
+def _cpu() -> str:
+    name = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo") as lines:
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
