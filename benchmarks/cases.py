@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 VS_REFERENCE = "benchmarks.vs_reference"
 GPU_SUITE = "benchmarks.gpu_suite"
+PAGE_OVERHEAD = "benchmarks.page_overhead"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,23 @@ CASES = (
         queries=8192,
         ratios=(0.05,),
         source="Qwen3-4B; 16,384 tokens are the engine's longest span",
+    ),
+    *(
+        Case(
+            name=f"pages-{tokens // 1024}k",
+            script=PAGE_OVERHEAD,
+            measures=("blocks held", "real ratio", "blocks held if padded"),
+            layers=8,
+            kv_heads=4,
+            group_size=1,
+            head_dim=32,
+            tokens=tokens,
+            segments=1,
+            queries=256,
+            ratios=(0.1, 0.02),
+            source="the smallest model on which heads can differ as they do in published budgets",
+        )
+        for tokens in (4096, 8192, 16_384)
     ),
 )
 

@@ -146,9 +146,9 @@ def start(
     original = capabilities.check
     if force_async:
 
-        def check(config: Any) -> None:
-            original(config)
-            config.scheduler_config.async_scheduling = True
+        def check(vllm_config: Any) -> None:
+            original(vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
 
         capabilities.check = check
     try:

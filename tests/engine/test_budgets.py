@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from benchmarks.page_overhead import layout, serve
 from tests.engine import driver
 from tests.engine.driver import BLOCK, Ask, random_prompt
 
@@ -52,6 +53,37 @@ def test_blocks_are_the_sum_of_the_budgets(tiny_model, tmp_path):
     assert by_file == pytest.approx([total * s / 7.5 for s in shares.values()], abs=1)
     assert by_file[0] == 0, "a share of zero keeps nothing of the span"
     assert file_tokens != score_tokens
+
+
+BUDGETS = {
+    "uniform": "uniform",
+    "global": "global",
+    "zeros": {f"L{layer}H{head}": float(layer == head) for layer in range(3) for head in range(2)},
+    "one hot head": {f"L{layer}H{head}": 1.0 for layer in range(3) for head in range(2)}
+    | {"L1H1": 40.0},
+    "file of one head": {"L2H0": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
+def test_the_blocks_held_are_those_of_the_formula(tiny_model, budgets):
+    """To the block, for spans and whole sequences, in one segment and several (README)."""
+    limits = {"threshold": 512, "recent_tokens": 40, "max_span_tokens": 700}
+    options = {**limits, "budgets": budgets, "layer_tokens_per_step": 1 << 40}
+    compactions = 0
+    with driver.start(tiny_model, options) as engine:
+        for tokens, ratio in [(560, 0.1), (1000, 0.3), (1999, 0.1), (1999, 0.02)]:
+            before, after = serve(engine, tokens, ratio)
+            formula = layout(tokens, after.computed, ratio, BLOCK, **limits)
+            assert after.spans == formula.spans
+            assert after.span_blocks == formula.span_blocks
+            assert after.blocks == formula.blocks
+            assert before.blocks == -(-before.computed // BLOCK)
+            assert sum(map(sum, after.pages)) == formula.span_blocks * LAYERS * HEADS
+            compactions += len(formula.spans)
+        assert len(after.spans) == 3
+        assert engine.totals.compactions == compactions and not engine.totals.failures
 
 
 def test_identity_with_budgets_file(tiny_model):
