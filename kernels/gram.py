@@ -16,8 +16,8 @@ allows and (kept keys are among the original ones; u <= 100^(1/4)) fulfils. That
 error of 2^-22 for entries above 1e-5 and an absolute one of 2e-12 below. Of the four products
 lo'lo (2^-22 of the whole) is left out and hi'lo serves for its mirror image too, so A'A costs two
 products at the speed of fp16; products of fp16 are exact in fp32, and chunks of 2048 rows are added
-up in fp64. Measured on a CPU against fp64, in units of sqrt(G_jj G_kk): at most 2.5e-6 (tested:
-4e-6), as much as plain torch in fp32, whose errors come from the fp32 scores as well. Tensor cores
+up in fp64. On a CPU the error against fp64, in units of sqrt(G_jj G_kk), is below 4e-6
+(``tests/kernels/test_gram.py``); it comes from the fp32 scores as well. Tensor cores
 cut off where a CPU rounds, so their sums over a chunk may add up to about 4e-6, the same factor for
 neighbouring entries; not measured.
 """

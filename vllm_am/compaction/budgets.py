@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Norm of the attention weights over the queries by which global budgets compare keys of all heads.
-#: Right answers of the recall model at 20x / 50x, facts and votes, in %, with peaks and coverage
-#: (setting as in ``peaks``): uniform 92 / 62, 100 / 83; rms 100 / 75, 100 / 83; max 96 / 75,
-#: 100 / 75; mean 98 / 62, 100 / 83.
+#: Norm of the attention weights over the queries by which global budgets compare keys of all heads:
+#: the one that ranks the keys of a head as well. A maximum hangs on a single query, and in a mean
+#: a key that few queries need drowns. ``benchmarks/results/quality.md`` compares it with uniform
+#: budgets: with queries of ``repeat-prefill`` it answers no less at any ratio and more at 50x; with
+#: queries as they were captured (``context-prefill``) uniform budgets answer more at 50x.
 GLOBAL_SCORE = "rms"
 
 #: Share of the pages that global budgets spread evenly, whatever the scores say: attention peaks

@@ -4,8 +4,8 @@ With X_i = softmax_j(scale q_i.k_j + b_j) over the kept keys and Y_i the origina
 
     C = argmin  sum_i |Y_i|^-p |X_i C - Y_i|^2  +  r |C - V_S|^2 .
 
-The paper (section 3) has p = 0 and r = 0. Both constants below were measured on the synthetic heads
-of ``tests/compaction/synthetic.py``.
+The paper (section 3) has p = 0 and r = 0. Both constants below were chosen by held-out errors on
+the synthetic heads of ``tests/compaction/synthetic.py``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from vllm_am.compaction.streaming import (
     row_blocks,
 )
 
-#: p above. Plain least squares lets the few queries with large outputs dominate. Held-out errors
-#: against p = 0, mean of 5 heads and t = 20, 51, 102 of 1024 keys: relative error -3.3 %, mean
-#: squared error +0.6 %. (p = 1: -5.1 %, +2.8 %; p = 2, the relative error itself: -5.5 %, +17 %.)
+#: p above. Plain least squares (0) lets the few queries with large outputs dominate; the relative
+#: error itself (2) gains little over a small power and gives those queries up.
 OUTPUT_WEIGHT_POWER = 0.5
 
 #: Least and largest ridge, relative to the mean diagonal of the Gram matrix; see ``ridge_for``.
@@ -36,9 +35,9 @@ RIDGE_RANGE = (1e-6, 1e-1)
 def ridge_for(queries: int, lengths: Tensor) -> Tensor:
     """Relative ridge for fits of ``lengths[h]`` slots on n queries: 1e-5 (4 t / n)^6 within range.
 
-    With n near t, unregularised least squares explodes on held-out queries (double descent: 8.6
-    relative error at n = t, 0.40 with this ridge); with n >= 8 t any ridge above 1e-5 costs
-    accuracy (1e-4: 2 %, 1e-2: 8 %). The rule follows the measured optimum for n / t = 0.6 ... 30.
+    With n near t, unregularised least squares explodes on held-out queries (double descent,
+    ``tests/compaction/test_fit_values.py``); with n >= 8 t a larger ridge only costs accuracy. The
+    power goes from one to the other as the best ridge does.
     """
     crowding = 4.0 * lengths.double() / max(queries, 1)
     return (1e-5 * crowding**6).clamp(*RIDGE_RANGE)

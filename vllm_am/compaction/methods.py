@@ -72,8 +72,8 @@ def select_by_elimination(problem: Problem, budgets: Tensor, width: int) -> Sele
     return Selection(indices)
 
 
-#: The first is the default: on the recall model (see ``peaks``) it answers best. The others are for
-#: heads of another kind: diffuse ones, those with few but high peaks, those that look keys up.
+#: The first is ``peaks-and-coverage``. The others are for heads of another kind: diffuse ones,
+#: those with few but high peaks, those that look keys up.
 _COVERAGES = (
     PeaksAndCoverage("rms", 0.2, anchors=False),
     PeaksAndCoverage("rms", 0.5, anchors=False),

@@ -4,11 +4,12 @@ A query captured at position p during prefill carries the rotation of p, so it l
 neighbourhood: heads with local attention see the tokens beside it, and it "sees" later keys at
 negative distances, which never happens. Whoever asks about the text stands behind it. Rotary
 embeddings make the move exact: rotating by the angle of (target - p) gives the query that the same
-content would have had at the target. With ``targets`` the text's own positions moved behind its
-end, this imitates a model that repeats the text, without running it.
+content would have had at the target. Moved behind the end of the text (``distances_behind``), its
+own queries imitate those of a model that repeats it, without running one.
 
-On the recall model (2,000 tokens, budgets by global scores, values and bias fitted), right answers
-at 20x / 50x rise from 83 / 50 to 100 / 69 % for facts and from 56 / 67 to 100 / 89 % for votes.
+On the recall model it answers far more than the queries as they were captured, and about as much as
+a repetition does (``benchmarks/results/quality.md``: ``context-rotated``, ``context-prefill`` and
+``repeat-prefill`` with ``highest-attention`` and global budgets).
 """
 
 from __future__ import annotations
