@@ -148,7 +148,7 @@ def plot_lines(
         x, y: labels of the axes.
     """
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
         for name, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, linewidth=1.8)
         axes.set_xscale("log", base=2)
@@ -158,7 +158,7 @@ def plot_lines(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_title(title)
-        axes.legend(fontsize=8.5)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
