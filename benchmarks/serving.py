@@ -36,6 +36,10 @@ class ServerError(RuntimeError):
     """The server did not start, died, or refused a request; the message can be shown as it is."""
 
 
+class Unreachable(ServerError):
+    """There was no answer."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """One reading of ``/metrics``, or the difference between two."""
@@ -219,16 +223,8 @@ class Server:
         Raises:
             ServerError: the request was refused, or the server died over it.
         """
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": list(messages),
-            "temperature": 0,
-            "max_tokens": max_tokens,
-        }
-        if options:
-            body["vllm_xargs"] = dict(options)
-        if cache_salt:
-            body["cache_salt"] = cache_salt
+        body = chat_body(self.model, messages, max_tokens, options, cache_salt)
+        body["temperature"] = 0
         reply = self._request("POST", "/v1/chat/completions", json=body).json()
         return Completion(
             reply["id"],
@@ -253,17 +249,51 @@ class Server:
 
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
-            response = self._client.request(method, path, **kwargs)
-        except httpx.TransportError as error:
+            return request(self._client, method, path, **kwargs)
+        except Unreachable as error:
             self._check_alive()
-            raise ServerError(f"{method} {path}: {error!r}\n{self.log_tail()}") from None
-        if not response.is_success:
-            raise ServerError(f"{method} {path}: HTTP {response.status_code}: {response.text}")
-        return response
+            raise ServerError(f"{error}\n{self.log_tail()}") from None
 
     def _check_alive(self) -> None:
         if self._process is not None and (code := self._process.poll()) is not None:
             raise ServerError(f"the server ended with exit status {code}\n{self.log_tail()}")
+
+
+def chat_body(
+    model: str,
+    messages: Sequence[Mapping[str, str]],
+    max_tokens: int,
+    options: Mapping[str, Any] | None,
+    cache_salt: str | None,
+) -> dict[str, Any]:
+    """A request to the chat API, with what vLLM adds to it.
+
+    Args:
+        options: ``vllm_xargs`` of the request.
+        cache_salt: requests with different salts share no cached prefix.
+    """
+    body: dict[str, Any] = {"model": model, "messages": list(messages), "max_tokens": max_tokens}
+    if options:
+        body["vllm_xargs"] = dict(options)
+    if cache_salt:
+        body["cache_salt"] = cache_salt
+    return body
+
+
+def request(client: httpx.Client, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    """Send a request.
+
+    Raises:
+        Unreachable: there was no answer.
+        ServerError: it was refused.
+    """
+    try:
+        response = client.request(method, path, **kwargs)
+    except httpx.TransportError as error:
+        raise Unreachable(f"{method} {path}: {error!r}") from None
+    if not response.is_success:
+        raise ServerError(f"{method} {path}: HTTP {response.status_code}: {response.text}")
+    return response
 
 
 def concurrently(calls: Sequence[Callable[[], T]], workers: int) -> Iterator[tuple[int, T]]:

@@ -340,6 +340,11 @@ class _Cache:
         size = self.keys.shape[1]
         return size if self.page_ids is None else size * self.page_ids.shape[1]
 
+    @property
+    def page_size(self) -> int:
+        """Slots of a page; of dense keys 1, which is not read."""
+        return 1 if self.page_ids is None else self.keys.shape[1]
+
 
 def _forward(
     cache: _Cache, queries: Tensor, factor: float, cap: float
@@ -381,7 +386,7 @@ def _forward(
             DV=value_width,
             DV_MAIN=value_parts[0],
             DV_REST=value_parts[1],
-            PAGE_SIZE=cache.keys.shape[1] if cache.page_ids is not None else 1,
+            PAGE_SIZE=cache.page_size,
             HAS_SOFTCAP=cap > 0,
             PRECISION=dot_precision(queries.dtype),
             **tiling.options(),
@@ -433,7 +438,7 @@ def _scores(
             D=width,
             D_MAIN=parts[0],
             D_REST=parts[1],
-            PAGE_SIZE=cache.keys.shape[1] if cache.page_ids is not None else 1,
+            PAGE_SIZE=cache.page_size,
             HAS_SOFTCAP=cap > 0,
             PRECISION=dot_precision(queries.dtype),
             **tiling.options(),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.fresh_process import run_fresh
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,9 @@ def run_engine(case: EngineCase, timeout: float = 580) -> EngineResult:
     Raises:
         RuntimeError: it failed; the message ends with its output.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_suite.engine_run"],
-        input=json.dumps(asdict(case)),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", **os.environ},
-        check=False,
-    )
-    if process.returncode != 0:
-        raise RuntimeError(f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
-    return EngineResult(**json.loads(process.stdout.strip().splitlines()[-1]))
+    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    module = "benchmarks.gpu_suite.engine_run"
+    return EngineResult(**run_fresh(module, asdict(case), defaults | os.environ, timeout))
 
 
 def _serve(case: EngineCase) -> EngineResult:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving import ANSWER_SECONDS, Metrics, ServerError
+from benchmarks.serving import ANSWER_SECONDS, Metrics, ServerError, chat_body, request
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,15 @@ class ChatClient:
         Raises:
             ServerError: it could not be reached, or refused.
         """
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "seed": sampling.seed,
-        }
+        body = chat_body(self.model, messages, max_tokens, options, cache_salt)
+        body["seed"] = sampling.seed
         if sampling.greedy:
             body["temperature"] = 0
         if sampling.thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking}
         if messages[-1]["role"] == "assistant":
             body |= {"continue_final_message": True, "add_generation_prompt": False}
-        if options:
-            body["vllm_xargs"] = dict(options)
-        if cache_salt:
-            body["cache_salt"] = cache_salt
-        reply = self._request("POST", "/v1/chat/completions", json=body).json()
+        reply = request(self._http, "POST", "/v1/chat/completions", json=body).json()
         choice = reply["choices"][0]
         message = choice["message"]
         # With a reasoning parser the thinking comes in a field of its own, and is not the answer.
@@ -92,18 +84,9 @@ class ChatClient:
     def metrics(self) -> Metrics | None:
         """Read ``/metrics``; None if the server has none."""
         try:
-            return Metrics.parse(self._request("GET", "/metrics").text)
+            return Metrics.parse(request(self._http, "GET", "/metrics").text)
         except ServerError:
             return None
 
     def close(self) -> None:
         self._http.close()
-
-    def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **kwargs)
-        except httpx.TransportError as error:
-            raise ServerError(f"{method} {path}: {error!r}") from None
-        if not response.is_success:
-            raise ServerError(f"{method} {path}: HTTP {response.status_code}: {response.text}")
-        return response

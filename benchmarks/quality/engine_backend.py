@@ -14,16 +14,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fresh_process import run_fresh
 from benchmarks.quality.conversations import Conversation, Mode, SuffixScore
 
-ROOT = Path(__file__).parents[2]
 #: Tokens of the prompt that are read one by one while the compaction takes place.
 MARGIN = 8
 #: The CPU back end of vLLM supports no smaller blocks.
@@ -76,22 +75,13 @@ def run(
         # The scheduler's counts are read in this process.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.quality.engine_backend"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=environment,
-        check=False,
-    )
-    lines = process.stdout.strip().splitlines()
-    if process.returncode != 0 or not lines:
-        raise EngineError(f"{dict(options)}: the engine failed\n{process.stderr[-4000:]}")
+    try:
+        results = run_fresh("benchmarks.quality.engine_backend", job, environment, timeout)
+    except RuntimeError as error:
+        raise EngineError(f"{dict(options)}: {error}") from None
     return [
         Result(**{**result, "scores": [SuffixScore(**score) for score in result["scores"]]})
-        for result in json.loads(lines[-1])
+        for result in results
     ]
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.fresh_process import run_fresh
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -181,18 +182,7 @@ def mixed_asks(count: int, seed: int, longest: int = 500, max_tokens: int = 14) 
 def run_case(case: dict[str, Any], timeout: float = 540) -> dict[str, Any]:
     """Run one case in a fresh process; see ``main`` for its keys."""
     environment = {**os.environ, **case.get("environment", {}), "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.engine.driver"],
-        input=json.dumps(case),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=environment,
-    )
-    if process.returncode != 0:
-        raise RuntimeError(f"case failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}")
-    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = run_fresh("tests.engine.driver", case, environment, timeout)
     return result
 
 

@@ -91,6 +91,12 @@ def _covering(name: str, *coverages: PeaksAndCoverage) -> Method:
     return ways[0] if len(ways) == 1 else replace(ways[0], alternatives=ways)
 
 
+def _fitting(
+    name: str, select: Select, log_weight_bounds: tuple[float, float] = WIDE_LOG_WEIGHT_BOUNDS
+) -> Method:
+    return Method(name, select, ("rms",), log_weight_bounds, fits_values=True)
+
+
 def _evicting(name: str, select: Select, *norms: str) -> Method:
     return Method(name, select, norms, log_weight_bounds=None, fits_values=False)
 
@@ -98,34 +104,10 @@ def _evicting(name: str, select: Select, *norms: str) -> Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(
-            name="highest-attention",
-            select=_highest_attention,
-            norms=("rms",),
-            log_weight_bounds=LOG_WEIGHT_BOUNDS,
-            fits_values=True,
-        ),
-        Method(
-            name="omp",
-            select=partial(select_by_pursuit, schedule=progressive),
-            norms=("rms",),
-            log_weight_bounds=WIDE_LOG_WEIGHT_BOUNDS,
-            fits_values=True,
-        ),
-        Method(
-            name="omp-fast",
-            select=partial(select_by_pursuit, schedule=fast),
-            norms=("rms",),
-            log_weight_bounds=WIDE_LOG_WEIGHT_BOUNDS,
-            fits_values=True,
-        ),
-        Method(
-            name="eliminate",
-            select=select_by_elimination,
-            norms=("rms",),
-            log_weight_bounds=WIDE_LOG_WEIGHT_BOUNDS,
-            fits_values=True,
-        ),
+        _fitting("highest-attention", _highest_attention, LOG_WEIGHT_BOUNDS),
+        _fitting("omp", partial(select_by_pursuit, schedule=progressive)),
+        _fitting("omp-fast", partial(select_by_pursuit, schedule=fast)),
+        _fitting("eliminate", select_by_elimination),
         _covering("peaks-and-coverage", *_COVERAGES[:1]),
         _covering("peaks-and-coverage-auto", *_COVERAGES),
         _evicting("evict-mean", eviction.highest_mean, "mean"),
