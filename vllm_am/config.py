@@ -250,6 +250,9 @@ class CompactionConfig:
     """Shortest span worth compacting when the threshold is a share of the pool."""
     max_span_tokens: int = 16384
     """Longest span fitted as one problem; longer ones become several segments."""
+    merge_slots: int | None = None
+    """Once the compacted part of a sequence has more slots per head (on average) than this, its
+    segments are merged into one of half as many, in whole blocks. None: never."""
     layer_tokens_per_step: int = 65536
     """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
 
@@ -307,6 +310,8 @@ class CompactionConfig:
             "max_span_tokens": 1,
             "layer_tokens_per_step": 1,
         }
+        if self.merge_slots is not None:
+            whole["merge_slots"] = 1
         for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[dict, object]] = {
     "protected_tokens": (BASE, 100),
     "min_span_tokens": (SHARE, 1400),
     "max_span_tokens": (BASE, 320),
+    "merge_slots": ({**BASE, "max_span_tokens": 320}, 200),
     "layer_tokens_per_step": (BASE, 1024),
 }
 

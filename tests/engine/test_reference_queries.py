@@ -75,7 +75,7 @@ def test_identity_equals_stock(tiny_model, long_answers, source, force_async):
         assert len(engine.totals.output_errors) == engine.totals.compactions >= len(asks)
         assert not engine.totals.failures and not engine.totals.reference_shortfalls
         assert engine.used_blocks == 0
-        assert not engine.scheduler.studies and not engine.scheduler.query_pool.passes()
+        assert not engine.scheduler.studies and not engine.scheduler.query_pool.named_owners()
         assert not engine.worker._compaction.sequences
         computed = engine.totals.reference_tokens + engine.scheduler.reference_tokens
     assert (computed > 0) == (source != "random")
@@ -215,7 +215,7 @@ def test_passes_end_with_their_parent(tiny_model, kind):
         assert engine.used_blocks == 0
         scheduler = engine.scheduler
         assert not scheduler.passes and not scheduler.studies and not scheduler.requests
-        assert not scheduler.query_pool.passes()
+        assert not scheduler.query_pool.named_owners()
     assert seen == 2 * len(asks)
 
 
@@ -373,7 +373,7 @@ def test_accounting_under_fuzz(tiny_model, force_async, on_policy):
         assert not all(fits), "some find no room for it"
         assert engine.used_blocks == 0
         assert not scheduler.passes and not scheduler.studies and not scheduler.requests
-        assert not scheduler.query_pool.passes()
+        assert not scheduler.query_pool.named_owners()
         assert not engine.worker._compaction.sequences
         scheduler.check_compaction()
     finished = {i for i, a in enumerate(asks) if a.aborted is None}

@@ -111,6 +111,7 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "protected_tokens": ([0, 64], [-1, 1.5, "4", True, None], ">= 0"),
     "min_span_tokens": ([1, 1024], [0, -1, 1.5, "256", True, None], ">= 1"),
     "max_span_tokens": ([256, 4096], [0, -1, 1.5, "256", True, None], ">= 1"),
+    "merge_slots": ([None, 1, 4096], [0, -1, 1.5, "4096", True], ">= 1"),
     "layer_tokens_per_step": ([1, 1 << 20], [0, -1, 1.5, "1", True, None], ">= 1"),
 }
 
@@ -203,6 +204,7 @@ def test_museum_10_defaults_are_pinned():
         "protected_tokens": 4,  # attention sinks, as many as StreamingLLM keeps
         "min_span_tokens": 256,  # ours
         "max_span_tokens": 16384,  # ours
+        "merge_slots": None,  # ours: a token is compacted once, until the operator says otherwise
         "layer_tokens_per_step": 65536,  # ours
     }
     assert DEFAULT_THRESHOLD_TOKENS == 4096

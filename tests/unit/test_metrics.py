@@ -61,7 +61,7 @@ def test_stats_add_up(metrics):
     assert not total
     total.add(one(metrics, 1000, {"singular": 1}))
     total.add(one(metrics, 500))
-    total.add(metrics.CompactionStats(failures={"singular": 2, "no-mass": 1}))
+    total.add(metrics.CompactionStats(failures={"singular": 2, "no-mass": 1}, merges=4))
     assert total == metrics.CompactionStats(
         compactions=2,
         tokens=1500,
@@ -71,11 +71,13 @@ def test_stats_add_up(metrics):
         output_errors=[0.04, 0.04],
         mass_errors=[0.02, 0.02],
         failures={"singular": 3, "no-mass": 1},
+        merges=4,
     )
 
 
 def test_a_failure_alone_is_worth_reporting(metrics):
     assert metrics.CompactionStats(failures={"singular": 1})
+    assert metrics.CompactionStats(merges=1)
     assert one(metrics)
 
 
@@ -109,7 +111,7 @@ def test_real_scheduler_stats_carry_it(metrics):
 
 # -- Prometheus -----------------------------------------------------------------------------------
 
-COUNTERS = ["compactions", "tokens", "slots", "blocks_freed"]
+COUNTERS = ["compactions", "merges", "tokens", "slots", "blocks_freed"]
 HISTOGRAMS = ["seconds", "output_error", "mass_error"]
 
 
@@ -131,8 +133,15 @@ def test_reports_are_counted_by_engine(metrics, registry):
     series = metrics.CompactionMetrics(config(), [0, 1])
     series.record(one(metrics, 1000, {"singular": 2}), engine=1)
     series.record(one(metrics, 500), engine=1)
+    series.record(metrics.CompactionStats(merges=3), engine=1)
     got = {name: value(registry, f"{name}_total", 1) for name in COUNTERS}
-    assert got == {"compactions": 2, "tokens": 1500, "slots": 150, "blocks_freed": 112}
+    assert got == {
+        "compactions": 2,
+        "merges": 3,
+        "tokens": 1500,
+        "slots": 150,
+        "blocks_freed": 112,
+    }
     sums = {name: value(registry, f"{name}_sum", 1) for name in HISTOGRAMS}
     assert sums == pytest.approx({"seconds": 0.6, "output_error": 0.08, "mass_error": 0.04})
     assert value(registry, "seconds_bucket", 1, le="0.25") == 0

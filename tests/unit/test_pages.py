@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_am.compaction import CompactedKV
-from vllm_am.compaction.pages import PagedKV, page_table, read_pages, write_pages
+from vllm_am.compaction.pages import PagedKV, page_table, read_pages, read_segments, write_pages
 
 BLOCKS, HEADS, LAYERS = 7, 3, 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -143,3 +143,20 @@ def test_too_few_pages_is_an_error_and_writes_nothing():
     with pytest.raises(ValueError, match="cannot hold"):
         write_pages(kv, lists, compacted_kv([9, 9], 4, torch.float32))
     assert torch.equal(bits(kv.pages), before) and not kv.bias.any()
+
+
+def test_segments_are_read_as_they_were_written():
+    """Heads of different length are padded with nothing, whatever lies in the other pages."""
+    kv = PagedKV.from_layers(make_layers("LBHNC", 4, 5, torch.float32))
+    kv.pages.fill_(torch.nan)
+    written = compacted_kv([6, 0, 3], 5, torch.float32)
+    lists = [torch.tensor([9, 2]), torch.tensor([], dtype=torch.int64), torch.tensor([5])]
+    write_pages(kv, lists, written)
+    keys, values, bias = read_segments(kv, torch.tensor([[9, 2], [-1, -1], [5, -1]]))
+    assert keys.shape == values.shape == (3, 8, 5)
+    for head, length in enumerate(written.lengths.tolist()):
+        assert torch.equal(keys[head, :length], written.keys[head, :length])
+        assert torch.equal(values[head, :length], written.values[head, :length])
+        assert torch.equal(bias[head, :length], written.bias[head, :length])
+        assert bool(bias[head, length:].isneginf().all())
+        assert not bool(keys[head, length:].any()) and not bool(values[head, length:].any())

@@ -83,14 +83,37 @@ def test_samples_of_a_pass_outlive_blocks_and_go_when_told():
     sample(pool, 0, 8)
     pool.begin_step()
     pool.forget(range(8))
-    assert pool.slots([("p", 1), ("p", 2)]).tolist() == of_pass and pool.passes() == {"p"}
+    assert pool.slots([("p", 1), ("p", 2)]).tolist() == of_pass and pool.named_owners() == {"p"}
     pool.begin_step()
     sample(pool, 0, 8)
     pool.begin_step()
     sample(pool, 8, 8)  # full: the dead blocks give theirs up, the pass does not
     assert pool.slots([("p", 1), ("p", 2)]).tolist() == of_pass
     pool.forget([("p", 1), ("p", 2)])
-    assert pool.passes() == set() and pool.used == 8
+    assert pool.named_owners() == set() and pool.used == 8
+    pool.check()
+
+
+def test_kept_samples_outlive_their_blocks():
+    """A sequence keeps them beside the block, whose cached prefix serves others; evenly thinned."""
+    pool = make_pool(capacity=16, block_size=4, live=lambda block: False)
+    _, slots = sample(pool, 0, 8)
+    pool.keep([0, 1], ("s", 0), most=8)
+    assert pool.slots([("s", 0)]).tolist() == slots == pool.slots([0, 1]).tolist()
+    assert pool.used == 8, "no copies"
+    pool.check()
+    pool.forget([0])
+    assert pool.slots([("s", 0)]).tolist() == slots and pool.used == 8
+    _, late = sample(pool, 8, 4)
+    pool.keep([2], ("s", 0), most=6)
+    kept = pool.positions[pool.slots([("s", 0)])].tolist()
+    assert len(kept) == 6 and kept[0] == 0 and kept[-1] == 11 and kept == sorted(kept)
+    assert pool.slots([2]).tolist() == late, "the block's own are not thinned"
+    pool.check()
+    pool.forget([("s", 0)])
+    assert pool.used == 8 and pool.named_owners() == set()
+    pool.forget([1, 2])
+    assert pool.used == 0
     pool.check()
 
 

@@ -115,6 +115,25 @@ def read_pages(kv: PagedKV, page_ids: Tensor) -> tuple[Tensor, Tensor]:
     return entries[..., :head_dim], entries[..., head_dim:]
 
 
+def read_segments(kv: PagedKV, page_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What compacted heads hold, heads of fewer pages padded: what a merge starts from.
+
+    Args:
+        page_ids: int64 [heads, n], -1 where a head has no page.
+
+    Returns:
+        keys and values, each [heads, n * block_size, D] in the cache's dtype, and bias float32
+        [heads, n * block_size], -inf where there is no slot; keys and values are 0 there.
+    """
+    missing = (page_ids < 0).unsqueeze(2)
+    present = page_ids.clamp(min=0)
+    bias = kv.bias[present].masked_fill(missing, float("-inf")).flatten(1)
+    keys, values = read_pages(kv, present)
+    # What lies there may be anything, and a weight of 0 does not silence a NaN.
+    unused = bias.isneginf().unsqueeze(2)
+    return keys.masked_fill(unused, 0), values.masked_fill(unused, 0), bias
+
+
 def write_pages(kv: PagedKV, lists: Sequence[Tensor], compacted: CompactedKV) -> None:
     """Write each head's compacted slots into its pages; slots left over get bias -inf.
 

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 
 from vllm_am.compaction import METHODS, FitError, compact, evaluate_fit
 from vllm_am.compaction.budgets import GLOBAL_SCORE, global_pages, pages_by_shares
-from vllm_am.compaction.pages import PagedKV, read_pages, write_pages
+from vllm_am.compaction.pages import PagedKV, read_pages, read_segments, write_pages
 from vllm_am.compaction.random_queries import random_queries
 from vllm_am.compaction.rotate_queries import rotate_queries
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics
@@ -45,6 +45,8 @@ class FitProgress:
     """One fit on this rank: whose it is, which pages its heads have, its outcome so far."""
 
     request_id: str
+    source: torch.Tensor
+    """int64 [heads, n] on the CPU: pages of what is compacted, see :meth:`Fitting.run`."""
     lists: tuple[torch.Tensor, ...] = ()
     """int64 on the CPU: target pages of each (layer, KV head) of this rank."""
     scores: list[torch.Tensor] = field(default_factory=list)
@@ -91,16 +93,26 @@ class Fitting:
         """The page lists of a fit that was committed."""
         return self.running.pop(job_id).lists
 
-    def run(self, fit: FitSlice) -> FitReport | None:
-        """Run one slice; the report when it was the last."""
+    def run(self, fit: FitSlice, source_pages: torch.Tensor) -> FitReport | None:
+        """Run one slice; the report when it was the last.
+
+        Args:
+            source_pages: int64 [heads, n] on the CPU, what is compacted; in a merge -1 behind the
+                end of a shorter head's pages.
+        """
         if fit.part == 0:
-            self.running[fit.job_id] = FitProgress(fit.request_id)
+            self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
         progress = self.running[fit.job_id]
         self._guarded(progress, lambda: self._run_slice(fit, progress))
         return self._finish(fit.job_id) if fit.part + 1 == fit.parts else None
 
-    def begin_on_policy(self, fit: FitSlice) -> tuple[torch.Tensor, ...] | None:
+    def begin_on_policy(
+        self, fit: FitSlice, source_pages: torch.Tensor
+    ) -> tuple[torch.Tensor, ...] | None:
         """Divide the pages of a fit that takes place in the coming forward pass.
+
+        Args:
+            source_pages: see :meth:`run`.
 
         Returns:
             the page lists that its layers are going to be written to; None where it failed.
@@ -111,7 +123,7 @@ class Fitting:
             query_slots=fit.on_policy.measured_slots,
             query_shifts=fit.on_policy.measured_shifts,
         )
-        progress = self.running[fit.job_id] = FitProgress(fit.request_id)
+        progress = self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
 
         def divide() -> None:
             if self.config.budgets == "global":
@@ -180,7 +192,7 @@ class Fitting:
 
     def _measure(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
         """Statistics of these layers' heads, before the pages of all heads are divided."""
-        keys, values = self._source(layers, fit)
+        keys, values, bias = self._source(layers, fit, progress)
         queries, _ = self._reference_queries(layers, fit)
         if queries.shape[1] == 0:
             raise FitError("no-queries", range(len(keys)))
@@ -189,6 +201,7 @@ class Fitting:
             values,
             queries,
             scale=self.scale,
+            key_bias=bias,
             norms=tuple({GLOBAL_SCORE, *METHODS[fit.method].needed_norms}),
             chunk_bytes=self.chunk_bytes,
         )
@@ -203,7 +216,7 @@ class Fitting:
     def _divide_pages(self, fit: FitSlice, progress: FitProgress) -> tuple[torch.Tensor, ...]:
         """The pages of the target blocks, shared out among the heads: all of them, each once."""
         pages = self.kv.block_pages(fit.segment.block_ids)  # [heads, blocks]
-        most = len(fit.source_block_ids)
+        most = progress.source.shape[1]
         if pages.shape[1] == most:  # every head keeps everything
             return tuple(pages)
         if progress.scores:
@@ -216,15 +229,19 @@ class Fitting:
             return tuple(pages)
         return pages.flatten().split(counts.tolist())
 
-    def _source(self, layers: range, fit: FitSlice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the span in these layers, each ``[heads, T, D]``."""
+    def _source(
+        self, layers: range, fit: FitSlice, progress: FitProgress
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and values of what is compacted, [heads, T, D], and in a merge bias [heads, T]."""
         heads = slice(layers.start * self.kv.num_kv_heads, layers.stop * self.kv.num_kv_heads)
-        pages = self.kv.block_pages(fit.source_block_ids)[heads]
-        return read_pages(self.kv, pages.to(self.kv.pages.device))
+        pages = progress.source[heads].to(self.kv.pages.device)
+        if fit.merges:
+            return read_segments(self.kv, pages)
+        return *read_pages(self.kv, pages), None
 
     def _fit_layers(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
         """Compact the span in these layers into the target pages."""
-        keys, values = self._source(layers, fit)
+        keys, values, bias = self._source(layers, fit, progress)
         reference, heldout = self._reference_queries(layers, fit)
         kv_heads = self.kv.num_kv_heads
         lists = progress.lists[layers.start * kv_heads : layers.stop * kv_heads]
@@ -237,6 +254,7 @@ class Fitting:
             budget=budget,
             method=fit.method,
             scale=self.scale,
+            key_bias=bias,
             group_size=self.queries[0].shape[1] // kv_heads,
             statistics=progress.statistics.pop(layers, None),
             chunk_bytes=self.chunk_bytes,
@@ -248,6 +266,7 @@ class Fitting:
                 values,
                 heldout if heldout.shape[1] else reference,
                 scale=self.scale,
+                key_bias=bias,
                 chunk_bytes=self.chunk_bytes,
             )
             progress.output_error += float(quality.output_error.sum())

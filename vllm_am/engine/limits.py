@@ -60,6 +60,7 @@ class EngineLimits:
             max_span_tokens=self.config.max_span_tokens,
             protected_tokens=self.protected_tokens,
             in_flight_tokens=self.in_flight_tokens,
+            merge_slots=self.config.merge_slots,
         )
 
     def blocks_needed(self, overrides: RequestOverrides, tokens: int) -> int:

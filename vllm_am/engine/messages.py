@@ -72,6 +72,9 @@ class OnPolicy:
 class FitSlice:
     """One step's share of a compaction: fit layers ``part``/``parts`` of the span into its blocks.
 
+    A merge is a compaction whose source is not tokens but all segments of the sequence, which the
+    workers know as the pages of each head.
+
     The source blocks are only read and the target blocks belong to nobody else, so the sequence
     goes on decoding on its exact KV until the scheduler has seen the report and commits.
     """
@@ -91,6 +94,7 @@ class FitSlice:
     random_queries: RandomQueries | None = None
     on_policy: OnPolicy | None = None
     """None: fitted before the forward pass, from queries that are there already."""
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Activation:
     job_id: int
     """The fit that wrote the segment: the workers know which page went to which head."""
     segment: Segment
+    replaces: bool = False
+    """The segment was merged from all earlier ones, and takes their place."""
 
 
 @dataclass(frozen=True)

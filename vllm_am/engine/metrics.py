@@ -41,6 +41,7 @@ class CompactionStats:
     failures: dict[str, int] = field(default_factory=dict)
     reference_tokens: int = 0
     reference_shortfalls: int = 0
+    merges: int = 0
 
     @classmethod
     def one(
@@ -58,12 +59,17 @@ class CompactionStats:
 
     def __bool__(self) -> bool:
         return bool(
-            self.compactions or self.failures or self.reference_tokens or self.reference_shortfalls
+            self.compactions
+            or self.merges
+            or self.failures
+            or self.reference_tokens
+            or self.reference_shortfalls
         )
 
     def add(self, other: CompactionStats) -> None:
         """Add ``other``'s counts and observations to these."""
         self.compactions += other.compactions
+        self.merges += other.merges
         self.tokens += other.tokens
         self.slots += other.slots
         self.blocks_freed += other.blocks_freed
@@ -102,6 +108,9 @@ class CompactionMetrics:
         self._compactions = prometheus_client.Counter(
             "vllm:kv_compaction_compactions", "Spans of KV cache compacted.", labels
         )
+        self._merges = prometheus_client.Counter(
+            "vllm:kv_compaction_merges", "Times a sequence's segments were merged into one.", labels
+        )
         self._tokens = prometheus_client.Counter(
             "vllm:kv_compaction_tokens", "Tokens whose KV was compacted.", labels
         )
@@ -128,7 +137,7 @@ class CompactionMetrics:
         )
         self._seconds = prometheus_client.Histogram(
             "vllm:kv_compaction_seconds",
-            "Time of the fit of one compaction.",
+            "Time of the fit of one compaction or merge.",
             labels,
             buckets=_SECONDS_BUCKETS,
         )
@@ -151,6 +160,7 @@ class CompactionMetrics:
         """Add one report of engine ``engine``."""
         labels = (self._model_name, str(engine))
         self._compactions.labels(*labels).inc(stats.compactions)
+        self._merges.labels(*labels).inc(stats.merges)
         self._tokens.labels(*labels).inc(stats.tokens)
         self._slots.labels(*labels).inc(stats.slots)
         self._blocks.labels(*labels).inc(stats.blocks_freed)

@@ -2,7 +2,8 @@
 
 As late as memory allows: a prompt that fits in the pool is compacted once its prefill is complete,
 so that its last tokens (the question) are among the reference queries; a prompt that does not fit
-is compacted as it goes. Every token is compacted once.
+is compacted as it goes. Every token is compacted once; only when a sequence's segments outgrow
+``merge_slots`` are they merged into one.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Planner:
     """The protected prefix, in whole blocks."""
     in_flight_tokens: int = 0
     """Most tokens that steps under way can add."""
+    merge_slots: int | None = None
+    """Slots per head above which the segments of a sequence are merged; None: never."""
 
     @property
     def longest_span(self) -> int:
@@ -81,13 +84,29 @@ class Planner:
         """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
         return ceil_div(slots_for(tokens, ratio), self.block_size)
 
+    def merged_blocks(self, slots: int, blocks: int) -> int | None:
+        """Blocks to merge all segments of a sequence into; None where that is not due.
+
+        Half of the limit: the compacted part has to grow by as much again before the next merge,
+        so that old text is compacted again seldom.
+
+        Args:
+            slots: that the segments have per head, on average.
+            blocks: that they occupy.
+        """
+        if self.merge_slots is None or slots <= self.merge_slots:
+            return None
+        target = max(1, self.merge_slots // 2 // self.block_size)
+        return target if target < blocks else None
+
     def peak_tokens(self, ratio: float, max_model_len: int, in_flight_tokens: int) -> int:
         """Most tokens' worth of slots a sequence of ``max_model_len`` needs at any time.
 
         What the startup check on ``max_model_len`` and the admission of a request count with:
         the uncompacted tokens at the moment a compaction is due, the tokens computed until it
         takes effect (two steps' worth), the block-rounded segments so far, and the target of the
-        segment being fitted. Never more than the sequence itself.
+        segment being fitted. Never more than the sequence itself. Merges are not counted on: one
+        that fails leaves the segments as they are.
         """
         shortest = self.shortest_span(ratio)
         if ratio >= 1 or shortest > self.longest_span:

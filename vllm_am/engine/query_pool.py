@@ -7,7 +7,8 @@ alone: no device synchronisation, the same decision for every layer, head, TP ra
 A sample belongs to the *physical block* that holds its token's KV. So it lives exactly as long as
 that KV: a prefix-cache hit brings the queries of the cached prefix along, and a block that is
 handed out again forgets them. The samples of a reference pass outlive its blocks: they belong to
-the pass, until it is told to be forgotten. Imports no vLLM.
+the pass, until it is told to be forgotten; so do those of a sequence's compacted tokens, where its
+segments may be merged one day. Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-#: A physical block, or (id of a reference pass, index of the block in its sequence).
+#: A physical block, or (id of a reference pass, index of the block in its sequence), or (id of a
+#: sequence, 0) for what is kept of its compacted tokens.
 Owner = int | tuple[str, int]
 
 _MIX_1 = np.uint64(0x9E3779B97F4A7C15)
@@ -62,9 +64,9 @@ class QueryPool:
         """Position in its sequence of the token in each slot."""
         self._free = list(range(capacity - 1, -1, -1))
         self._samples: OrderedDict[Owner, dict[int, int]] = OrderedDict()  # owner -> {offset: slot}
+        self._uses = [0] * capacity  # of each slot: owners that have it, and fits that read it
         self._fresh: set[int] = set()  # slots that are written in this step
         self._held: Counter[int] = Counter()  # slots that fits under way read, by number of fits
-        self._left: set[int] = set()  # of these, those that no sample owns any more
 
     @property
     def used(self) -> int:
@@ -84,15 +86,13 @@ class QueryPool:
     def hold(self, slots: np.ndarray) -> None:
         """A fit reads these slots in several steps: none is handed out before :meth:`release`."""
         self._held.update(slots.tolist())
+        for slot in slots.tolist():
+            self._uses[slot] += 1
 
     def release(self, slots: np.ndarray) -> None:
         """The fit is over."""
-        self._held.subtract(slots.tolist())
-        done = {slot for slot in slots.tolist() if not self._held[slot]}
-        for slot in done:
-            del self._held[slot]
-        self._free.extend(done & self._left)
-        self._left -= done
+        self._held -= Counter(slots.tolist())
+        self._give_back(slots.tolist())
 
     def can_hold(self, count: int) -> bool:
         """Whether half of the pool stays free of fits, for what is being read meanwhile.
@@ -101,13 +101,31 @@ class QueryPool:
         """
         return not self._held or len(self._held) + count <= self.capacity // 2
 
+    def keep(self, block_ids: Iterable[int], owner: Owner, most: int) -> None:
+        """What was sampled in these blocks gets another owner, that outlives them.
+
+        Args:
+            owner: who may own some already; what it owns is thinned evenly.
+            most: positions that it owns then at most.
+        """
+        kept = self._samples.setdefault(owner, {})
+        for block_id in block_ids:
+            for slot in self._samples.get(block_id, {}).values():
+                kept[int(self.positions[slot])] = slot
+                self._uses[slot] += 1
+        positions = sorted(kept)
+        chosen = np.linspace(0, len(positions) - 1, min(most, len(positions))).round().astype(int)
+        dropped = set(range(len(positions))) - set(chosen.tolist())
+        self._give_back([kept.pop(positions[index]) for index in sorted(dropped)])
+
     def _give_back(self, slots: Iterable[int]) -> int:
-        """Samples are gone; how many slots are free for it at once."""
-        gone = set(slots)
-        kept = gone & self._held.keys()
-        self._left |= kept
-        self._free.extend(gone - kept)
-        return len(gone) - len(kept)
+        """One use less of each of them; how many became free."""
+        before = len(self._free)
+        for slot in slots:
+            self._uses[slot] -= 1
+            if not self._uses[slot]:
+                self._free.append(slot)
+        return len(self._free) - before
 
     def sample(
         self,
@@ -145,6 +163,7 @@ class QueryPool:
             slot = samples.get(offset)
             if slot is None:
                 slot = samples[offset] = self._free.pop()
+                self._uses[slot] = 1
             slots[i] = slot
         self.positions[slots] = wanted
         self._fresh.update(slots.tolist())
@@ -167,25 +186,24 @@ class QueryPool:
             if isinstance(owner, int) and not self._is_live(owner):
                 count -= self._give_back(self._samples.pop(owner).values())
         while count > 0:
-            thinned = 0
+            thinned = False
             for samples in self._samples.values():
                 for offset in sorted(samples)[1::2]:
                     slot = samples[offset]
                     if slot not in self._fresh and slot not in self._held:
-                        self._free.append(samples.pop(offset))
-                        thinned += 1
+                        count -= self._give_back([samples.pop(offset)])
+                        thinned = True
             if not thinned:
                 return
-            count -= thinned
 
-    def passes(self) -> set[str]:
-        """The reference passes that samples belong to (debugging, tests)."""
+    def named_owners(self) -> set[str]:
+        """Reference passes and sequences that samples belong to by name (debugging, tests)."""
         return {owner[0] for owner in self._samples if not isinstance(owner, int)}
 
     def check(self) -> None:
-        """Every slot is free, or one sample's, or left to a fit (debugging, tests)."""
-        owned = [slot for samples in self._samples.values() for slot in samples.values()]
-        if sorted([*owned, *self._free, *self._left]) != list(range(self.capacity)):
+        """Every slot is free, or used as often as is counted (debugging, tests)."""
+        used = Counter(slot for samples in self._samples.values() for slot in samples.values())
+        used.update(self._held)
+        counted = self._uses == [used[slot] for slot in range(self.capacity)]
+        if not counted or sorted([*+used, *self._free]) != list(range(self.capacity)):
             raise AssertionError("query pool slots leaked or were handed out twice")
-        if not self._left <= self._held.keys() or any(n < 1 for n in self._held.values()):
-            raise AssertionError("query pool slots are held for no fit")

@@ -408,5 +408,5 @@ class ReferencePassMixin(Scheduler):
         if set(self.studies) - {r.request_id for r in self.running}:
             raise AssertionError("a study is about a request that does not run")
         left = {o[0] for s in self.studies.values() for owners in s.owners.values() for o in owners}
-        if self.query_pool.passes() - left - running:
-            raise AssertionError("queries of a forgotten pass are still held")
+        if self.query_pool.named_owners() - left - running - set(self.compacting_manager.compacted):
+            raise AssertionError("queries of a forgotten pass or sequence are still held")

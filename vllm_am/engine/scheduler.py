@@ -13,10 +13,14 @@ source that needs reference passes, those come first: reference_pass.py):
 2. *report*: the workers say whether the fit succeeded on every rank, and its held-out error;
 3. *commit*: the segment takes the place of its tokens' blocks, and those return to the pool in
    time for the same step's allocations. A failed fit only returns the reserved blocks.
+
+A merge of a sequence's segments (``merge_slots``) takes the same steps, with the segments for a
+source.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +84,8 @@ class Job:
     query_shifts: np.ndarray
     """int64 [n]: see ``FitSlice``."""
     random_queries: RandomQueries | None
+    merges: bool = False
+    """The source is all segments of the sequence, not tokens."""
     issued: int = 0
     report: FitReport | None = None
 
@@ -101,6 +107,8 @@ class SequenceOptions:
     """Share of the token positions whose queries are kept."""
     not_before: int = 0
     """After a failed fit: tokens that must have been computed before it is tried again."""
+    unmerged_end: int = 0
+    """After a failed merge: end of its segments. It is tried again when there is another one."""
 
 
 @dataclass
@@ -114,6 +122,11 @@ class CompactionState:
     next_job_id: int = 0
     hold_preemption: bool = False
     warned_of_few_queries: bool = False
+
+
+def _keeper(request_id: str) -> Owner:
+    """Who owns the kept queries of a sequence's compacted tokens in the query pool."""
+    return (request_id, 0)
 
 
 class CompactionSchedulerMixin(ReferencePassMixin):
@@ -181,21 +194,43 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     # -- plan -----------------------------------------------------------------------------------
 
     def _start_jobs(self) -> None:
-        """Reserve blocks for the spans that are due, as many as one step's work bound admits."""
+        """Reserve blocks for what is due, as much as one step's work bound admits."""
+        jobs = self.compaction.jobs.values()
+        outstanding = sum(job.slice_work * (job.parts - job.issued) for job in jobs)
+        # Merges first: a sequence over its limit gets no further segment.
+        due = itertools.chain(self._merges_due(), self._spans_due())
+        while outstanding < self.compaction_limits.step_work:
+            span, merges = next(due, (None, False))
+            if span is None:
+                break
+            if (job := self._start_job(span, merges)) is not None:
+                outstanding += job.slice_work * job.parts
+
+    def _merges_due(self) -> Iterator[tuple[Span, bool]]:
+        """Sequences whose segments have outgrown ``merge_slots``; not while passes read them."""
+        for request in self.running:
+            request_id = request.request_id
+            if request_id in self.compaction.jobs or request_id in self.studies:
+                continue
+            segments = self.compacting_manager.segments(request_id)
+            if not segments or segments[-1].end <= self._options(request).unmerged_end:
+                continue
+            slots = sum(s.slots for s in segments)
+            blocks = self.planner.merged_blocks(slots, sum(len(s.block_ids) for s in segments))
+            if blocks is not None:
+                slots = blocks * self.compaction_limits.block_size
+                yield Span(request_id, segments[0].start, segments[-1].end, slots), True
+
+    def _spans_due(self) -> Iterator[tuple[Span, bool]]:
         views = {r.request_id: v for r in self.running if (v := self._view(r)) is not None}
         if not views:
             return
-        pool = self.kv_cache_manager.block_pool
-        jobs = self.compaction.jobs
-        coming = sum(len(job.source_block_ids) for job in jobs.values())
-        outstanding = sum(job.slice_work * (job.parts - job.issued) for job in jobs.values())
-        free = pool.get_num_free_blocks()
+        coming = sum(len(job.source_block_ids) for job in self.compaction.jobs.values())
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         for due in self.planner.spans(views.values(), free, coming):
-            if outstanding >= self.compaction_limits.step_work:
-                break
             span = self._after_passes(views[due.request_id], due)
-            if span is not None and (job := self._start_job(span)) is not None:
-                outstanding += job.slice_work * job.parts
+            if span is not None:
+                yield span, False
 
     def _after_passes(self, view: SequenceView, due: Span) -> Span | None:
         """What of the span can be compacted now: None while its reference passes run.
@@ -230,28 +265,36 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             if not passes:
                 continue
             measured = self._reference_slots(study.span)
-            job = self._start_job(study.span, passes)
+            job = self._start_job(study.span, merges=False, passes=passes)
             if job is not None:
                 job.issued = job.parts
                 shifts = self._shifts(measured, study.span)
                 on_policy = OnPolicy(passes, measured, shifts)
                 yield replace(self._slice(job), part=0, parts=1, on_policy=on_policy)
 
-    def _start_job(self, span: Span, passes: Sequence[str] = ()) -> Job | None:
-        """Reserve the target and decide on the queries; ``passes``: on-policy, of this step."""
+    def _start_job(self, span: Span, merges: bool, passes: Sequence[str] = ()) -> Job | None:
+        """Reserve the target and decide on the queries.
+
+        Args:
+            merges: the span is all that was compacted before.
+            passes: on-policy, those of this step.
+        """
         query_slots = self._reference_slots(span, passes)
         random_queries = self._random_queries(span)
         if not self.query_pool.can_hold(len(query_slots)):
             return None
-        reserved = self.compacting_manager.reserve_target(self.compaction.next_job_id, span)
+        manager = self.compacting_manager
+        reserve = manager.reserve_merge if merges else manager.reserve_target
+        reserved = reserve(self.compaction.next_job_id, span)
         if reserved is None:
             return None
         segment, source = reserved
         self.query_pool.forget(segment.block_ids)
         limits = self.compaction_limits
-        work = limits.work(span.end - span.start, span.slots)
+        work = limits.work(len(source) * limits.block_size, span.slots)
         parts = min(limits.num_layers, ceil_div(work, limits.step_work))
-        self._count_shortfall(span, on_policy=bool(passes))
+        if not merges:
+            self._count_shortfall(span, on_policy=bool(passes))
         self._warn_of_few_queries(span, query_slots, random_queries)
         # Global budgets: all layers are measured before any of them is fitted.
         rounds = 2 if self.compaction_config.budgets == "global" else 1
@@ -266,6 +309,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             query_slots=query_slots,
             query_shifts=self._shifts(query_slots, span),
             random_queries=random_queries,
+            merges=merges,
         )
         self.query_pool.hold(job.slots_read)
         self.compaction.next_job_id += 1
@@ -365,6 +409,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             part=job.issued,
             parts=job.parts,
             random_queries=job.random_queries,
+            merges=job.merges,
         )
 
     def _shifts(self, slots: np.ndarray, span: Span) -> np.ndarray:
@@ -398,7 +443,9 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         """All queries sampled so far at or after the start of the span."""
         blocks = self.compacting_manager.req_to_blocks[span.request_id]
         first = span.start // self.compaction_limits.block_size
-        return self.query_pool.slots(b.block_id for b in blocks[first:])
+        owners = [_keeper(span.request_id), *(b.block_id for b in blocks[first:])]
+        slots = self.query_pool.slots(owners)
+        return slots[self.query_pool.positions[slots] >= span.start]
 
     def _random_queries(self, span: Span) -> RandomQueries | None:
         """The random part of the mixture, like the queries of the sequence itself."""
@@ -468,8 +515,11 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             self.query_pool.release(job.slots_read)
             self.end_study(request_id)
             if job.report.failure is None:
-                self._commit(job, job.report)
-                step.activations.append(Activation(request_id, job.job_id, job.segment))
+                commit = self._commit_merge if job.merges else self._commit
+                commit(job, job.report)
+                step.activations.append(
+                    Activation(request_id, job.job_id, job.segment, replaces=job.merges)
+                )
             else:
                 self._give_up(job, job.report.failure)
 
@@ -478,6 +528,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         pool = self.kv_cache_manager.block_pool
         held = self.compacting_manager.held_blocks(request_id)
         free = pool.get_num_free_blocks()
+        if self.compaction_config.merge_slots is not None:
+            self._keep_queries(job)
         self.compacting_manager.commit(job.job_id, request_id, segment)
         tokens = segment.end - segment.start
         freed = held - self.compacting_manager.held_blocks(request_id)
@@ -510,26 +562,66 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             report.mass_error,
         )
 
+    def _keep_queries(self, job: Job) -> None:
+        """For merges to come: the blocks that hold the sampled tokens are about to go."""
+        keeper = _keeper(job.request.request_id)
+        most = self.compaction_limits.sample_positions
+        self.query_pool.keep(job.source_block_ids, keeper, most)
+
+    def _commit_merge(self, job: Job, report: FitReport) -> None:
+        request_id, segment = job.request.request_id, job.segment
+        segments = self.compacting_manager.segments(request_id)
+        self.compacting_manager.commit_merge(job.job_id, request_id, segment)
+        freed = len(job.source_block_ids) - len(segment.block_ids)
+        self._count(
+            CompactionStats(
+                merges=1,
+                blocks_freed=freed,
+                seconds=[report.seconds],
+                output_errors=[report.output_error],
+                mass_errors=[report.mass_error],
+            )
+        )
+        logger.info(
+            "KV compaction: request %s, tokens [%d, %d): %d segments merged, %d -> %d slots per "
+            "head (%d blocks freed), %.0f ms, held-out error: output %.3f, mass %.3f",
+            request_id,
+            segment.start,
+            segment.end,
+            len(segments),
+            sum(s.slots for s in segments),
+            segment.slots,
+            freed,
+            1e3 * report.seconds,
+            report.output_error,
+            report.mass_error,
+        )
+
     def _give_up(self, job: Job, reason: str) -> None:
-        """The sequence stays as it is, exact; tried again once it has grown."""
+        """The sequence stays as it is; tried again once it has grown."""
         self.compacting_manager.release_target(job.job_id)
         options = self._options(job.request)
-        if reason == TOO_LOSSY:
+        if job.merges:
+            options.unmerged_end = job.segment.end
+        elif reason == TOO_LOSSY:
             self._keep_more(job, options)
             return
-        options.not_before = job.request.num_computed_tokens + max(
-            self.planner.min_span_tokens, job.segment.end - job.segment.start
-        )
+        else:
+            options.not_before = job.request.num_computed_tokens + max(
+                self.planner.min_span_tokens, job.segment.end - job.segment.start
+            )
         # Loud once for each reason; the metric counts them all.
         log = logger.debug if reason in self.compaction.totals.failures else logger.warning
         self._count(CompactionStats(failures={reason: 1}))
         log(
-            "KV compaction: request %s, tokens [%d, %d): fit failed (%s); the sequence stays "
-            "uncompacted and exact (more of these are only counted: vllm:kv_compaction_failures)",
+            "KV compaction: request %s, tokens [%d, %d): %s failed (%s); the sequence stays "
+            "%s (more of these are only counted: vllm:kv_compaction_failures)",
             job.request.request_id,
             job.segment.start,
             job.segment.end,
+            "merge" if job.merges else "fit",
             reason,
+            "as it is" if job.merges else "uncompacted and exact",
         )
 
     def _keep_more(self, job: Job, options: SequenceOptions) -> None:
@@ -559,6 +651,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             self.query_pool.release(job.slots_read)
             self.compacting_manager.release_target(job.job_id)
         self.compaction.options.pop(request.request_id, None)
+        self.query_pool.forget([_keeper(request.request_id)])
         holding, self.compaction.hold_preemption = self.compaction.hold_preemption, False
         try:
             super()._free_request_blocks(request)

@@ -100,13 +100,21 @@ class CompactingManager(FullAttentionManager):
         Returns:
             the target segment and the ids of the source blocks.
         """
+        first, last = span.start // self.block_size, span.end // self.block_size
+        return self._reserve(job_id, span, self.req_to_blocks[span.request_id][first:last])
+
+    def reserve_merge(self, job_id: int, span: Span) -> tuple[Segment, tuple[int, ...]] | None:
+        """The same for a merge: ``span`` is all that was compacted, the source its segments."""
+        return self._reserve(job_id, span, self.compacted[span.request_id].blocks)
+
+    def _reserve(
+        self, job_id: int, span: Span, source: Sequence[KVCacheBlock]
+    ) -> tuple[Segment, tuple[int, ...]] | None:
         count = cdiv(span.slots, self.block_size)
         if count > self.block_pool.get_num_free_blocks():
             return None
         target = self.block_pool.get_new_blocks(count)
         self.targets[job_id] = target
-        first, last = span.start // self.block_size, span.end // self.block_size
-        source = self.req_to_blocks[span.request_id][first:last]
         segment = Segment(span.start, span.end, span.slots, tuple(b.block_id for b in target))
         return segment, tuple(b.block_id for b in source)
 
@@ -127,6 +135,13 @@ class CompactingManager(FullAttentionManager):
         first, last = segment.start // self.block_size, segment.end // self.block_size
         exact, blocks[first:last] = blocks[first:last], [self._null_block] * (last - first)
         self.block_pool.free_blocks(reversed(exact))
+
+    def commit_merge(self, job_id: int, request_id: str, segment: Segment) -> None:
+        """The segment takes the place of all earlier ones, whose blocks go back to the pool."""
+        state = self.compacted[request_id]
+        merged, state.blocks = state.blocks, self.targets.pop(job_id)
+        state.segments = [segment]
+        self.block_pool.free_blocks(reversed(merged))
 
     def share_prefix(self, parent_id: str, request_id: str, tokens: int) -> None:
         """A new sequence begins with the first ``tokens`` (whole blocks) of another one.

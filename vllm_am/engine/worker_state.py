@@ -207,7 +207,14 @@ class WorkerState:
         for fit in self.fits_on_policy:
             self._begin_on_policy(fit)
         fits = (fit for fit in step.fits if fit.on_policy is None)
-        return [report for fit in fits if (report := self.fitting.run(fit)) is not None]
+        reports = (self.fitting.run(fit, self._source_pages(fit)) for fit in fits)
+        return [report for report in reports if report is not None]
+
+    def _source_pages(self, fit: FitSlice) -> torch.Tensor:
+        """int64 [heads, n] on the CPU: the pages a fit reads, -1 behind the end of a head's."""
+        if fit.merges:
+            return self.sequences[fit.request_id].padded
+        return self.kv.block_pages(fit.source_block_ids)
 
     @property
     def fits_on_policy(self) -> list[FitSlice]:
@@ -228,7 +235,7 @@ class WorkerState:
 
     def _begin_on_policy(self, fit: FitSlice) -> None:
         """The passes attend to the target from its first layer on; where that failed, exactly."""
-        lists = self.fitting.begin_on_policy(fit)
+        lists = self.fitting.begin_on_policy(fit, self._source_pages(fit))
         if lists is None or fit.on_policy is None:
             return
         for pass_id in fit.on_policy.pass_ids:
@@ -236,6 +243,8 @@ class WorkerState:
 
     def _activate(self, activation: Activation) -> None:
         lists = self.fitting.take(activation.job_id)
+        if activation.replaces:
+            del self.sequences[activation.request_id]
         self._extend(activation.request_id, activation.segment, lists)
 
     def _extend(self, request_id: str, segment: Segment, lists: tuple[torch.Tensor, ...]) -> None:
