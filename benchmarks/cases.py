@@ -10,6 +10,7 @@ from dataclasses import dataclass
 VS_REFERENCE = "benchmarks.vs_reference"
 GPU_SUITE = "benchmarks.gpu_suite"
 PAGE_OVERHEAD = "benchmarks.page_overhead"
+ROUNDS = "benchmarks.quality.rounds"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,20 @@ CASES = (
         queries=3000,
         ratios=_RATIOS,
         source="KV and queries of the bundled recall model on a held-out document",
+    ),
+    Case(
+        name="recall-rounds",
+        script=ROUNDS,
+        measures=("right answers",),
+        layers=4,
+        kv_heads=2,
+        group_size=2,
+        head_dim=64,
+        tokens=2000,
+        segments=30,
+        queries=8192,
+        ratios=(0.1, 0.05),
+        source="held-out documents, compacted in rounds as they grow and at once",
     ),
     Case(
         name="gemma-3-12b",

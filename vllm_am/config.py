@@ -252,7 +252,7 @@ class CompactionConfig:
     """Longest span fitted as one problem; longer ones become several segments."""
     merge_slots: int | None = None
     """Once the compacted part of a sequence has more slots per head (on average) than this, its
-    segments are merged into one of half as many, in whole blocks. None: never."""
+    segments are merged into one of as many, in whole blocks. None: never."""
     layer_tokens_per_step: int = 65536
     """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
 

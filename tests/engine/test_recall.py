@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from benchmarks.quality import engine_backend, rounds
+from benchmarks.quality.conversations import Mode, grade, make_conversations
 from benchmarks.recall.documents import is_correct, make_document, messages
 from tests.engine import driver
-from tests.engine.driver import ROOT, Ask
+from tests.engine.driver import BLOCK, ROOT, Ask
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -59,6 +61,29 @@ def test_nothing_but_the_context_has_the_answers():
         right, asked = _right_answers(engine)
         assert engine.totals.compactions == asked
     assert right <= 0.5 * asked
+
+
+def test_museum_19_answers_survive_rounds_of_merging():
+    """Two documents grow token by token; what is old has been compacted anew five times and more.
+    Without the bias of the segments that are merged most of the answers would be gone."""
+    conversations = [
+        conversation
+        for seed in (501, 502)
+        for conversation in make_conversations(seed, 1600, "sparse", Mode.AFTER)
+    ]
+    (result,) = engine_backend.run(
+        MODEL,
+        {**rounds.COMMON, **rounds.GROWING, "merge_slots": 4 * BLOCK},
+        [rounds.GROWING["ratio"]],
+        conversations,
+        Mode.AFTER,
+        prefilled=rounds.PREFILLED,
+    )
+    assert not result.failures and result.merges >= 5 * len(conversations)
+    # The protected block, four or five of segments, up to five exact ones.
+    assert max(result.held) <= 11 < result.full_blocks / 4
+    counts = grade(conversations, result.scores).counts.values()
+    assert sum(c.right for c in counts) >= 0.9 * sum(c.asked for c in counts)
 
 
 def test_demo(tmp_path):

@@ -304,10 +304,10 @@ def test_peak_is_the_whole_sequence_where_compaction_frees_nothing():
     assert make_planner().peak_tokens(0.1, 100_000, 64) < 20_000
 
 
-def test_segments_are_merged_into_half_the_limit():
+def test_segments_are_merged_into_the_limit():
     planner = make_planner(block_size=32, merge_slots=200)
     assert planner.merged_blocks(slots=200, blocks=7) is None, "at the limit"
-    assert planner.merged_blocks(slots=201, blocks=7) == 3
+    assert planner.merged_blocks(slots=201, blocks=7) == 6
     tiny = make_planner(block_size=32, merge_slots=1)
     assert tiny.merged_blocks(slots=64, blocks=2) == 1
     assert tiny.merged_blocks(slots=32, blocks=1) is None, "nothing to win"

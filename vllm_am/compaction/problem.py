@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_am.compaction.statistics import AttentionStatistics
+from vllm_am.compaction.statistics import AttentionStatistics, unweighted
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,5 @@ Select = Callable[[Problem, Tensor, int], Selection]
 
 def scores_of_present(problem: Problem, norm: str) -> Tensor:
     """[H, T] scores; absent keys are below present ones, even below those without any weight."""
-    return problem.statistics.scores[norm].masked_fill(~problem.present, -1.0)
+    scores = unweighted(problem.statistics.scores[norm], problem.bias)
+    return scores.masked_fill(~problem.present, -1.0)

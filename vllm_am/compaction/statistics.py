@@ -50,6 +50,20 @@ class AttentionStatistics:
         return AttentionStatistics(self.lse[index], self.output[index], scores)
 
 
+def unweighted(scores: Tensor, key_bias: Tensor) -> Tensor:
+    """Scores as if each key stood for itself alone: without the weight that its bias gives it.
+
+    A slot of an earlier compaction has the mass of many keys. Compared by that, slots of heads
+    whose attention is spread out would in every merge displace single keys that are looked for,
+    while their mass can be carried by fewer slots. Nobody's weight is made larger.
+
+    Args:
+        scores: [H, T], see :class:`AttentionStatistics`.
+        key_bias: float32 [H, T].
+    """
+    return scores * key_bias.clamp(min=0).neg().exp()
+
+
 @accelerated_by("vllm_am.kernels.statistics")
 def attention_statistics(
     keys: Tensor,

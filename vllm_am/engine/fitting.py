@@ -20,7 +20,7 @@ from vllm_am.compaction.budgets import GLOBAL_SCORE, global_pages, pages_by_shar
 from vllm_am.compaction.pages import PagedKV, read_pages, read_segments, write_pages
 from vllm_am.compaction.random_queries import random_queries
 from vllm_am.compaction.rotate_queries import rotate_queries
-from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics
+from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics, unweighted
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.messages import (
     FAILURES,
@@ -209,7 +209,7 @@ class Fitting:
         bad = ~scores.isfinite().all(dim=1)
         if bool(bad.any()):
             raise FitError("non-finite", bad.nonzero().flatten().tolist())
-        progress.scores.append(scores)
+        progress.scores.append(scores if bias is None else unweighted(scores, bias))
         if statistics.nbytes * len(self.queries) <= KEPT_STATISTICS_BYTES * len(layers):
             progress.statistics[layers] = statistics
 

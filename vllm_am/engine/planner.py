@@ -87,8 +87,10 @@ class Planner:
     def merged_blocks(self, slots: int, blocks: int) -> int | None:
         """Blocks to merge all segments of a sequence into; None where that is not due.
 
-        Half of the limit: the compacted part has to grow by as much again before the next merge,
-        so that old text is compacted again seldom.
+        The limit itself: old text is compacted again more often than if a merge left room for
+        further segments, but loses much less (recall model, three documents of 2,000 tokens, a limit
+        of four blocks: 96 % of the answers are right after 26 merges of five blocks into four, 77 %
+        after nine of five into two).
 
         Args:
             slots: that the segments have per head, on average.
@@ -96,7 +98,7 @@ class Planner:
         """
         if self.merge_slots is None or slots <= self.merge_slots:
             return None
-        target = max(1, self.merge_slots // 2 // self.block_size)
+        target = max(1, self.merge_slots // self.block_size)
         return target if target < blocks else None
 
     def peak_tokens(self, ratio: float, max_model_len: int, in_flight_tokens: int) -> int:

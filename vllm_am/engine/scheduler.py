@@ -213,7 +213,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             if request_id in self.compaction.jobs or request_id in self.studies:
                 continue
             segments = self.compacting_manager.segments(request_id)
-            if not segments or segments[-1].end <= self._options(request).unmerged_end:
+            if not segments:
+                continue
+            options = self._options(request)
+            if not options.enabled or segments[-1].end <= options.unmerged_end:
                 continue
             slots = sum(s.slots for s in segments)
             blocks = self.planner.merged_blocks(slots, sum(len(s.block_ids) for s in segments))

@@ -1,0 +1,157 @@
+"""Compacted in many rounds, or once: does quality drift? (bug museum, row 19)
+
+A held-out document is written token by token into a sequence that is compacted as it grows: two
+blocks at a time become a segment of one, and segments that outgrow ``merge_slots`` are merged. Then
+the same document is read at once and compacted once, to as many blocks as its rounds ended with.
+Both are asked the same questions by the real engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.cases import find_case
+from benchmarks.gpu_suite.report import Report, Row
+from benchmarks.plots import plot_lines
+from benchmarks.quality import engine_backend
+from benchmarks.quality.conversations import (
+    KINDS,
+    RECALL_MODEL,
+    Conversation,
+    Mode,
+    grade,
+    make_conversations,
+)
+from benchmarks.quality.engine_backend import BLOCK_SIZE, MARGIN, Result
+from benchmarks.quality.recall import Questions
+
+CASE = find_case("recall-rounds")
+RESULTS = Path(__file__).parents[1] / "results"
+FULL, ONCE, ROUNDS = "never", "once", "rounds"
+
+#: As many exact tokens behind the compacted part in both, and room for all documents' queries.
+COMMON = {"recent_tokens": BLOCK_SIZE, "query_pool_share": 0.125}
+#: The protected block, the recent one, and two that become one.
+GROWING = {"threshold": 4 * BLOCK_SIZE, "ratio": 0.5}
+#: Tokens that are read before the sequence grows.
+PREFILLED = 2 * BLOCK_SIZE
+
+
+def merge_slots(ratio: float, tokens: int) -> int:
+    """The limit with which ``ratio`` of a document of so many tokens is held at its end."""
+    return max(1, round(ratio * tokens / BLOCK_SIZE)) * BLOCK_SIZE
+
+
+def single_ratio(prompt_tokens: int, held: int) -> float:
+    """The ratio at which one compaction of a prompt leaves ``held`` blocks."""
+    span = (prompt_tokens - MARGIN - BLOCK_SIZE) // BLOCK_SIZE - 1
+    exact = math.ceil(prompt_tokens / BLOCK_SIZE) - span
+    return (held - exact - 0.5) / span
+
+
+def measure(
+    conversations: Sequence[Conversation], ratios: Sequence[float], tokens: int
+) -> list[Row]:
+    """A row for the full cache, and two for every ratio.
+
+    Raises:
+        RuntimeError: a fit failed, or the two did not end with the same memory.
+    """
+    in_rounds = [
+        engine_backend.run(
+            RECALL_MODEL,
+            {**COMMON, **GROWING, "merge_slots": merge_slots(ratio, tokens)},
+            [GROWING["ratio"]],
+            conversations,
+            Mode.AFTER,
+            prefilled=PREFILLED,
+        )[0]
+        for ratio in ratios
+    ]
+    as_small = [
+        [
+            single_ratio(len(conversation.prompt), held)
+            for conversation, held in zip(conversations, result.held, strict=True)
+        ]
+        for result in in_rounds
+    ]
+    never, *at_once = engine_backend.run(
+        RECALL_MODEL, COMMON, [None, *as_small], conversations, Mode.AFTER
+    )
+    rows = [_row(FULL, 1.0, conversations, never)]
+    for ratio, once, rounds in zip(ratios, at_once, in_rounds, strict=True):
+        if once.failures or rounds.failures or once.held != rounds.held:
+            raise RuntimeError(f"fits failed, or memory differs: {once}, {rounds}")
+        rows += [_row(ONCE, ratio, conversations, once), _row(ROUNDS, ratio, conversations, rounds)]
+        rows[-1]["points"] = float(rows[-1]["right, %"]) - float(rows[-2]["right, %"])  # type: ignore[arg-type]
+    return rows
+
+
+def _row(name: str, ratio: float, conversations: Sequence[Conversation], result: Result) -> Row:
+    found = grade(conversations, result.scores)
+    right = sum(count.right for count in found.counts.values())
+    return {
+        "compacted": name,
+        "about": f"{1 / ratio:g}x",
+        "segments": result.compactions / len(conversations),
+        "merges": result.merges / len(conversations),
+        "blocks": result.blocks,
+        "smaller": result.full_blocks / result.blocks,
+        "right, %": 100 * right / sum(count.asked for count in found.counts.values()),
+        **{f"{kind}, %": 100 * found.counts[kind].share for kind in KINDS},
+        "nll": found.nll,
+        "points": "",
+    }
+
+
+def main(
+    documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 8,
+    tokens: Annotated[int, typer.Option(min=500, help="Of each, about.")] = CASE.tokens,
+    asked: Annotated[
+        str, typer.Option(help="Questions per document: recall/restated/tally.")
+    ] = "14/6/3",
+    quick: Annotated[bool, typer.Option(help="1 short document, 1 size: does it run?")] = False,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """One compaction against many rounds to the same memory, in the engine."""
+    ratios = CASE.ratios
+    if quick:
+        documents, tokens, ratios = 1, min(tokens, 700), ratios[:1]
+    questions = asdict(Questions.parse(asked))
+    conversations = [
+        conversation
+        for seed in range(documents)
+        for conversation in make_conversations(seed, tokens, "sparse", Mode.AFTER, **questions)
+    ]
+    rows = measure(conversations, ratios, tokens)
+    notes = [
+        f"{documents} sparse held-out documents of about {tokens:,} tokens, "
+        f"{sum(len(c.targets) for c in conversations)} questions, blocks of {BLOCK_SIZE}; defaults "
+        f"but `{COMMON}`, in rounds also `{GROWING}` and `merge_slots` "
+        f"{', '.join(str(merge_slots(ratio, tokens)) for ratio in ratios)}.",
+        "*segments*, *merges*, *blocks*: of a document; *smaller*: its whole sequence, the exact "
+        "parts included; *points*: right answers more than of one compaction to the same blocks.",
+        "![Right answers and memory](quality-rounds.png)",
+    ]
+    Report("quality-rounds", "Many rounds of compaction against one", rows, notes).write(output)
+    plot_lines(
+        output / "quality-rounds.png",
+        "Compacted in rounds, or once to the same memory",
+        {
+            name: [
+                (float(row["smaller"]), float(row["right, %"]))  # type: ignore[arg-type]
+                for row in rows
+                if row["compacted"] in (FULL, name)
+            ]
+            for name in (ONCE, ROUNDS)
+        },
+        x="sequence smaller by",
+        y="right answers, %",
+    )
+    typer.echo((output / "quality-rounds.md").read_text())
