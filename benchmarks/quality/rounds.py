@@ -111,7 +111,7 @@ def _row(name: str, ratio: float, conversations: Sequence[Conversation], result:
 
 
 def main(
-    documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 8,
+    documents: Annotated[int, typer.Option(min=1, help="Held-out documents.")] = 6,
     tokens: Annotated[int, typer.Option(min=500, help="Of each, about.")] = CASE.tokens,
     asked: Annotated[
         str, typer.Option(help="Questions per document: recall/restated/tally.")
