@@ -65,7 +65,10 @@ def test_nothing_but_the_context_has_the_answers():
 
 def test_museum_19_answers_survive_rounds_of_merging():
     """Two documents grow token by token; what is old has been compacted anew five times and more.
-    Without the bias of the segments that are merged most of the answers would be gone."""
+
+    Nearly all answers are right, and almost as certain as with the full cache (0.004 nats). Without
+    the bias of the segments that are merged a few would be wrong, and the loss 0.032 nats.
+    """
     conversations = [
         conversation
         for seed in (501, 502)
@@ -82,8 +85,10 @@ def test_museum_19_answers_survive_rounds_of_merging():
     assert not result.failures and result.merges >= 5 * len(conversations)
     # The protected block, four or five of segments, up to five exact ones.
     assert max(result.held) <= 11 < result.full_blocks / 4
-    counts = grade(conversations, result.scores).counts.values()
-    assert sum(c.right for c in counts) >= 0.9 * sum(c.asked for c in counts)
+    found = grade(conversations, result.scores)
+    counts = found.counts.values()
+    assert sum(c.right for c in counts) >= 0.97 * sum(c.asked for c in counts)
+    assert found.nll < 0.015
 
 
 def test_demo(tmp_path):
