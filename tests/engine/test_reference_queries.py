@@ -171,7 +171,7 @@ def test_slices_of_one_fit_read_the_same_queries(tiny_model):
         "ratio": 0.25,
         "threshold": 256,
         "layer_tokens_per_step": 900,
-        "reference_queries": 1024,
+        "reference_queries": 512,
         "query_pool_share": 0,
     }
     asks = [Ask(random_prompt(random.Random(i), 400), 24, arrives=2 * i) for i in range(4)]

@@ -439,3 +439,13 @@ def test_long_fit_is_spread_over_steps(tiny_model):
         stock = engine.run(asks)["0"]
     # First token from the prefill, then one more for each step until the commit.
     assert sliced[:7] == stock[:7] and sliced != stock
+
+
+def test_prompts_read_in_one_step_all_have_queries(tiny_model):
+    """However small the query pool: none of them is left with nothing to be fitted on."""
+    options = {"ratio": 0.25, "threshold": 256, "query_pool_share": 0, "reference_queries": 1024}
+    asks = [Ask(random_prompt(random.Random(i), 400), 24) for i in range(8)]
+    with driver.start(tiny_model, options, max_num_batched_tokens=2048) as engine:
+        engine.run(asks)
+        assert engine.scheduler.query_pool.capacity == 512, "of two"
+        assert engine.totals.compactions == len(asks) and not engine.totals.failures

@@ -146,6 +146,24 @@ def test_slots_that_a_fit_reads_are_nobody_elses_until_it_is_over():
     pool.check()
 
 
+def test_a_full_pool_is_shared_alike():
+    """By those of one step, and with those that are there: nobody is left without queries."""
+    pool = make_pool(capacity=64, block_size=16)
+    pool.begin_step(2 * 64)
+    first, second = (
+        sample(pool, 0, 64, block_of=lambda index, at=at: at + index)[0] for at in (0, 10)
+    )
+    assert 20 <= len(first) <= 40 and 20 <= len(second) <= 40
+    pool.begin_step(2 * 64)
+    for at in (20, 30):
+        assert 8 <= len(sample(pool, 0, 64, block_of=lambda index, at=at: at + index)[0]) <= 32
+    held = [len(pool.slots(range(at, at + 4))) for at in (0, 10, 20, 30)]
+    assert min(held) >= 8 and sum(held) <= 64
+    pool.begin_step(0)
+    assert len(sample(pool, 64, 1, block_of=lambda index: 40)[0]) == 1, "there is room for one"
+    pool.check()
+
+
 def test_resampled_position_reuses_its_slot():
     pool = make_pool()
     _, first = sample(pool, 0, 8)

@@ -13,6 +13,9 @@ from vllm_am.engine.planner import Planner, ceil_div
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
 
+#: Share of the KV pool's positions that the queries of a second sequence are worth.
+SMALL_POOL_SHARE = 1 / 8
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -116,16 +119,20 @@ class EngineLimits:
         return tokens + slots * slots // self.head_size
 
     @property
-    def least_pool_positions(self) -> int:
-        """The query pool always holds the queries of one sequence and of its passes."""
+    def positions_of_one(self) -> int:
+        """Positions in the query pool of one sequence and of its passes, at most."""
         passes = math.ceil(self.config.pass_fraction * self.sample_positions)
         return min(self.sample_positions, self.max_model_len) + passes
 
     def query_pool_positions(self, num_blocks: int) -> int:
-        """Token positions the query pool holds: its share of the KV pool's, but enough for one."""
+        """Token positions the query pool holds: its share of the KV pool's, but enough for one.
+
+        For two, where that is a small part of the KV pool's: while one is fitted the next is read.
+        """
         pool_tokens = num_blocks * self.block_size
-        share = int(self.config.query_pool_share * pool_tokens)
-        return max(min(self.least_pool_positions, pool_tokens), share)
+        one = min(self.positions_of_one, pool_tokens)
+        two = min(2 * self.positions_of_one, int(SMALL_POOL_SHARE * pool_tokens))
+        return max(one, two, int(self.config.query_pool_share * pool_tokens))
 
     def kv_bytes(self, available: int, bytes_per_token: float, bias_share: float) -> int:
         """What is left for keys and values of ``available`` bytes, beside bias and query pool.
@@ -136,6 +143,10 @@ class EngineLimits:
             bias_share: bytes of the bias of one slot per byte of its key and value.
         """
         query_share = self.queries_per_kv / 2  # bytes of a position's queries per bytes_per_token
-        proportional = available / (1 + bias_share + self.config.query_pool_share * query_share)
-        one_sequence = self.least_pool_positions * query_share * bytes_per_token
-        return int(min(proportional, (available - one_sequence) / (1 + bias_share)))
+        one = self.positions_of_one * query_share * bytes_per_token
+
+        def beside(positions_share: float, fixed: float) -> float:
+            return (available - fixed) / (1 + bias_share + positions_share * query_share)
+
+        for_two = max(beside(0, 2 * one), beside(SMALL_POOL_SHARE, 0))
+        return int(min(beside(self.config.query_pool_share, 0), beside(0, one), for_two))

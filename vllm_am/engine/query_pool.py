@@ -65,6 +65,7 @@ class QueryPool:
         self._free = list(range(capacity - 1, -1, -1))
         self._samples: OrderedDict[Owner, dict[int, int]] = OrderedDict()  # owner -> {offset: slot}
         self._uses = [0] * capacity  # of each slot: owners that have it, and fits that read it
+        self._share = 1.0  # of what is asked for in this step
         self._fresh: set[int] = set()  # slots that are written in this step
         self._held: Counter[int] = Counter()  # slots that fits under way read, by number of fits
 
@@ -73,9 +74,25 @@ class QueryPool:
         """Positions held at present."""
         return self.capacity - len(self._free)
 
-    def begin_step(self) -> None:
-        """A slot chosen from here on is written once in this step: nobody else may take it."""
+    def begin_step(self, wanted: float = 0) -> None:
+        """A slot chosen from here on is written once in this step: nobody else may take it.
+
+        Args:
+            wanted: positions that all sequences together ask for in this step. Where the pool
+                cannot hold them beside what it has, all of these and of those are thinned alike:
+                first come, first served would leave the last one without any.
+        """
         self._fresh.clear()
+        self._share = 1.0
+        if wanted > len(self._free):
+            live = [s for owner, s in self._samples.items() if self._is_in_use(owner)]
+            others = len(
+                {slot for samples in live for slot in samples.values()} - self._held.keys()
+            )
+            self._share = min(1.0, (self.capacity - len(self._held)) / (wanted + others))
+
+    def _is_in_use(self, owner: Owner) -> bool:
+        return not isinstance(owner, int) or self._is_live(owner)
 
     def forget(self, owners: Iterable[Owner]) -> None:
         """These blocks were handed out anew, or these passes have served: their samples go."""
@@ -141,15 +158,16 @@ class QueryPool:
             owner_of: from logical block index to the block that holds it, or to the pass it is of.
             start, count: the tokens computed in this step.
             rate: probability that a position is kept.
-            always_from: positions from here on are kept in any case (end of the prompt).
+            always_from: positions from here on are kept in any case (end of the prompt) where
+                the pool is not full.
 
         Returns:
             offsets from ``start`` and slots, both int64 [n]; n is less than wanted when the pool
             is full of live samples.
         """
-        keep = self._priority[start : start + count] < rate
-        keep[max(0, always_from - start) :] = True
-        wanted = start + np.flatnonzero(keep)
+        rates = np.full(count, rate)
+        rates[max(0, always_from - start) :] = 1.0
+        wanted = start + np.flatnonzero(self._priority[start : start + count] < rates * self._share)
         if len(wanted) > len(self._free):
             self._evict(len(wanted) - len(self._free))
             if len(wanted) > len(self._free):
@@ -183,7 +201,7 @@ class QueryPool:
         for owner in list(self._samples):
             if count <= 0:
                 return
-            if isinstance(owner, int) and not self._is_live(owner):
+            if not self._is_in_use(owner):
                 count -= self._give_back(self._samples.pop(owner).values())
         while count > 0:
             thinned = False

@@ -461,7 +461,6 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _sample_queries(self, output: SchedulerOutput, step: CompactionStep) -> None:
         """Choose which queries of this step are kept, after blocks that changed hands forgot."""
         size = self.compaction_limits.block_size
-        self.query_pool.begin_step()
         for new in output.scheduled_new_reqs:
             self.query_pool.forget(new.block_ids[0][new.num_computed_tokens // size :])
         cached = output.scheduled_cached_reqs
@@ -471,42 +470,37 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             if ids is not None:
                 fresh = computed // size if request_id in cached.resumed_req_ids else 0
                 self.query_pool.forget(ids[0][fresh:])
-        for request_id, count in output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            start = request.num_computed_tokens - count
-            if request_id in self.passes:
-                rate, owner_of = self.sampling_of_pass(request_id)
-                self._sample(step, request_id, owner_of, start, count, rate, sys.maxsize)
-                continue
-            # Also of requests that will not be compacted: their blocks may be another's prefix.
-            options = self._options(request)
-            blocks = self.compacting_manager.req_to_blocks[request_id]
-            self._sample(
-                step,
-                request_id,
-                lambda index, blocks=blocks: blocks[index].block_id,  # type: ignore[misc]
-                start,
-                count,
-                options.sample_rate,
-                always_from=max(0, request.num_prompt_tokens - PROMPT_TAIL_POSITIONS)
-                if request.num_computed_tokens <= request.num_prompt_tokens
-                else sys.maxsize,
-            )
+        sampling = {r: self._sampling(self.requests[r]) for r in output.num_scheduled_tokens}
+        ends = {r: self.requests[r].num_computed_tokens for r in sampling}
+        wanted = 0.0
+        for request_id, (rate, always_from, _) in sampling.items():
+            count = output.num_scheduled_tokens[request_id]
+            tail = min(count, max(0, ends[request_id] - always_from))
+            wanted += rate * (count - tail) + tail
+        self.query_pool.begin_step(wanted)
+        for request_id, (rate, always_from, owner_of) in sampling.items():
+            count = output.num_scheduled_tokens[request_id]
+            start = ends[request_id] - count
+            offsets, slots = self.query_pool.sample(owner_of, start, count, rate, always_from)
+            if len(slots):
+                step.samples[request_id] = QuerySample(offsets, slots)
 
-    def _sample(
-        self,
-        step: CompactionStep,
-        request_id: str,
-        owner_of: Callable[[int], Owner],
-        start: int,
-        count: int,
-        rate: float,
-        always_from: int,
-    ) -> None:
-        """Choose among one request's tokens of this step; see :meth:`QueryPool.sample`."""
-        offsets, slots = self.query_pool.sample(owner_of, start, count, rate, always_from)
-        if len(slots):
-            step.samples[request_id] = QuerySample(offsets, slots)
+    def _sampling(self, request: Request) -> tuple[float, int, Callable[[int], Owner]]:
+        """Rate, first position that is always kept, owner by block index.
+
+        Also of requests that will not be compacted: their blocks may be another's prefix.
+        """
+        if request.request_id in self.passes:
+            rate, owner_of = self.sampling_of_pass(request.request_id)
+            return rate, sys.maxsize, owner_of
+        blocks = self.compacting_manager.req_to_blocks[request.request_id]
+        reads_prompt = request.num_computed_tokens <= request.num_prompt_tokens
+        tail = max(0, request.num_prompt_tokens - PROMPT_TAIL_POSITIONS)
+        return (
+            self._options(request).sample_rate,
+            tail if reads_prompt else sys.maxsize,
+            lambda index: blocks[index].block_id,
+        )
 
     # -- see the report, swap the blocks --------------------------------------------------------
 
