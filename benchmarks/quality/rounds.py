@@ -1,6 +1,6 @@
 """Compacted in many rounds, or once: does quality drift? (bug museum, row 19)
 
-A held-out document is written token by token into a sequence that is compacted as it grows: two
+A held-out document is written token by token into a sequence that is compacted as it grows: a few
 blocks at a time become a segment of one, and segments that outgrow ``merge_slots`` are merged. Then
 the same document is read at once and compacted once, to as many blocks as its rounds ended with.
 Both are asked the same questions by the real engine.
@@ -8,6 +8,7 @@ Both are asked the same questions by the real engine.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,14 +34,22 @@ from benchmarks.quality.recall import Questions
 
 CASE = find_case("recall-rounds")
 RESULTS = Path(__file__).parents[1] / "results"
-FULL, ONCE, ROUNDS = "never", "once", "rounds"
+FULL, ONCE, ROUNDS = "never", "once", "rounds of"
+#: Blocks that become a segment: some ten merges, and as many as there can be.
+SEGMENTS_OF = (4, 2)
 
 #: As many exact tokens behind the compacted part in both, and room for all documents' queries.
 COMMON = {"recent_tokens": BLOCK_SIZE, "query_pool_share": 0.125}
-#: The protected block, the recent one, and two that become one.
-GROWING = {"threshold": 4 * BLOCK_SIZE, "ratio": 0.5}
 #: Tokens that are read before the sequence grows.
 PREFILLED = 2 * BLOCK_SIZE
+
+
+def growing(blocks: int) -> dict[str, float]:
+    """Options with which so many blocks at a time become a segment of one.
+
+    The threshold counts the protected and the recent block as well.
+    """
+    return {"threshold": (2 + blocks) * BLOCK_SIZE, "ratio": 1 / blocks}
 
 
 def merge_slots(ratio: float, tokens: int) -> int:
@@ -56,23 +65,27 @@ def single_ratio(prompt_tokens: int, held: int) -> float:
 
 
 def measure(
-    conversations: Sequence[Conversation], ratios: Sequence[float], tokens: int
+    conversations: Sequence[Conversation],
+    ratios: Sequence[float],
+    tokens: int,
+    segments_of: Sequence[int],
 ) -> list[Row]:
-    """A row for the full cache, and two for every ratio.
+    """A row for the full cache, and two for every ratio and kind of rounds.
 
     Raises:
         RuntimeError: a fit failed, or the two did not end with the same memory.
     """
+    cases = list(itertools.product(ratios, segments_of))
     in_rounds = [
         engine_backend.run(
             RECALL_MODEL,
-            {**COMMON, **GROWING, "merge_slots": merge_slots(ratio, tokens)},
-            [GROWING["ratio"]],
+            {**COMMON, **growing(blocks), "merge_slots": merge_slots(ratio, tokens)},
+            [growing(blocks)["ratio"]],
             conversations,
             Mode.AFTER,
             prefilled=PREFILLED,
         )[0]
-        for ratio in ratios
+        for ratio, blocks in cases
     ]
     as_small = [
         [
@@ -85,10 +98,11 @@ def measure(
         RECALL_MODEL, COMMON, [None, *as_small], conversations, Mode.AFTER
     )
     rows = [_row(FULL, 1.0, conversations, never)]
-    for ratio, once, rounds in zip(ratios, at_once, in_rounds, strict=True):
+    for (ratio, blocks), once, rounds in zip(cases, at_once, in_rounds, strict=True):
         if once.failures or rounds.failures or once.held != rounds.held:
             raise RuntimeError(f"fits failed, or memory differs: {once}, {rounds}")
-        rows += [_row(ONCE, ratio, conversations, once), _row(ROUNDS, ratio, conversations, rounds)]
+        name = f"{ROUNDS} {blocks} blocks"
+        rows += [_row(ONCE, ratio, conversations, once), _row(name, ratio, conversations, rounds)]
         rows[-1]["points"] = float(rows[-1]["right, %"]) - float(rows[-2]["right, %"])  # type: ignore[arg-type]
     return rows
 
@@ -120,21 +134,22 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """One compaction against many rounds to the same memory, in the engine."""
-    ratios = CASE.ratios
+    ratios, segments_of = CASE.ratios, SEGMENTS_OF
     if quick:
-        documents, tokens, ratios = 1, min(tokens, 700), ratios[:1]
+        documents, tokens, ratios, segments_of = 1, min(tokens, 700), ratios[:1], segments_of[-1:]
     questions = asdict(Questions.parse(asked))
     conversations = [
         conversation
         for seed in range(documents)
         for conversation in make_conversations(seed, tokens, "sparse", Mode.AFTER, **questions)
     ]
-    rows = measure(conversations, ratios, tokens)
+    rows = measure(conversations, ratios, tokens, segments_of)
     notes = [
         f"{documents} sparse held-out documents of about {tokens:,} tokens, "
         f"{sum(len(c.targets) for c in conversations)} questions, blocks of {BLOCK_SIZE}; defaults "
-        f"but `{COMMON}`, in rounds also `{GROWING}` and `merge_slots` "
-        f"{', '.join(str(merge_slots(ratio, tokens)) for ratio in ratios)}.",
+        f"but `{COMMON}`, in rounds also `merge_slots` "
+        f"{', '.join(str(merge_slots(ratio, tokens)) for ratio in ratios)} and, by blocks that "
+        f"become one, {', '.join(f'`{growing(blocks)}`' for blocks in segments_of)}.",
         "*segments*, *merges*, *blocks*: of a document; *smaller*: its whole sequence, the exact "
         "parts included; *points*: right answers more than of one compaction to the same blocks.",
         "![Right answers and memory](quality-rounds.png)",
@@ -149,7 +164,7 @@ def main(
                 for row in rows
                 if row["compacted"] in (FULL, name)
             ]
-            for name in (ONCE, ROUNDS)
+            for name in dict.fromkeys(str(row["compacted"]) for row in rows[1:])
         },
         x="sequence smaller by",
         y="right answers, %",

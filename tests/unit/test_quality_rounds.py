@@ -32,7 +32,11 @@ def test_command_writes_its_files(tmp_path):
     assert result.exit_code == 0, result.output
     with (tmp_path / "quality-rounds.csv").open(newline="") as file:
         never, once, rounds = csv.DictReader(file)
-    assert [row["compacted"] for row in (never, once, rounds)] == [FULL, ONCE, ROUNDS]
+    assert [row["compacted"] for row in (never, once, rounds)] == [
+        FULL,
+        ONCE,
+        f"{ROUNDS} 2 blocks",
+    ]
     assert float(never["segments"]) == 0 and float(once["segments"]) == 1
     assert float(rounds["merges"]) >= 1 and float(rounds["segments"]) >= 5
     assert float(once["blocks"]) == float(rounds["blocks"]) < float(never["blocks"])

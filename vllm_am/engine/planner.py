@@ -88,9 +88,8 @@ class Planner:
         """Blocks to merge all segments of a sequence into; None where that is not due.
 
         The limit itself: old text is compacted again more often than if a merge left room for
-        further segments, but loses much less. (Recall model, three documents of 2,000 tokens, a
-        limit of four blocks: 96 % of the answers are right after 26 merges of five blocks into
-        four, 77 % after nine of five into two.)
+        further segments, but each merge loses much less, and so do all of them together
+        (``benchmarks/quality/rounds.py`` measures it).
 
         Args:
             slots: that the segments have per head, on average.
