@@ -36,7 +36,7 @@ CASE = find_case("recall-rounds")
 RESULTS = Path(__file__).parents[1] / "results"
 FULL, ONCE, ROUNDS = "never", "once", "rounds of"
 #: Blocks that become a segment: some ten merges, and as many as there can be.
-SEGMENTS_OF = (4, 2)
+SEGMENTS_OF: tuple[int, ...] = (4, 2)
 
 #: As many exact tokens behind the compacted part in both, and room for all documents' queries.
 COMMON = {"recent_tokens": BLOCK_SIZE, "query_pool_share": 0.125}
