@@ -11,11 +11,6 @@ import torch
 
 from tests.engine import driver
 from tests.engine.driver import Ask, random_prompt
-from vllm_am.compaction import FitError
-from vllm_am.engine import fitting
-from vllm_am.engine.messages import INTERNAL_ERROR
-from vllm_am.engine.planner import Span
-from vllm_am.engine.reference_pass import Study
 
 pytestmark = pytest.mark.engine
 
@@ -59,6 +54,9 @@ def test_queries_come_through_the_layers_compacted_before(tiny_model, budgets):
     """What each layer was fitted on is what arrives there once the sequence *is* compacted: in one
     pass the same as after one pass for each layer. Off-policy that is so in the first layer only.
     """
+    from vllm_am.engine.planner import Span
+    from vllm_am.engine.reference_pass import Study
+
     off_policy, on_policy, again = [], [], []
     with driver.start(tiny_model, {**REPEAT, "budgets": budgets}) as engine:
         found = _watch(engine)
@@ -120,11 +118,22 @@ def test_without_room_in_one_step_the_fit_comes_behind_the_passes(tiny_model):
         ((fit, _),) = found
         assert fit.on_policy is None
         assert engine.totals.compactions == engine.totals.reference_shortfalls == 1
+    short = {"queries": "prompts", "reference_prompts": {"prompts": [[7]]}, "prompts_tokens": 1}
+    with driver.start(tiny_model, {**ON_POLICY, **short}) as engine:
+        found = _watch(engine)
+        engine.run([Ask(PROMPT, 20)])
+        ((fit, _),) = found
+        assert fit.on_policy is None, "as short as a decode, which a graph might replay"
+        assert engine.totals.compactions == engine.totals.reference_shortfalls == 1
 
 
 @pytest.mark.parametrize("kind", ["fit", "forward", "measure"])
 def test_a_failure_leaves_everybody_exact(tiny_model, monkeypatch, kind):
     """In the middle of a forward pass that also computes another sequence's next token."""
+    from vllm_am.compaction import FitError
+    from vllm_am.engine import fitting
+    from vllm_am.engine.messages import INTERNAL_ERROR
+
     asks = [Ask(PROMPT, 30), Ask(random_prompt(random.Random(4), 50), 40)]
     with driver.start(tiny_model) as engine:
         expected = engine.run(asks)

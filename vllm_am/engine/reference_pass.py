@@ -200,15 +200,14 @@ class ReferencePassMixin(Scheduler):
     def read_in_step(self, study: Study, output: SchedulerOutput) -> tuple[str, ...]:
         """The passes that were to be read together, if all are wholly read in this step.
 
-        If not, they go on like any other pass, and the fit that follows is not on-policy.
+        If not, they go on like any other pass, and the fit that follows is not on-policy. Nor if
+        all are as short as a decode: the step might be replayed from a full CUDA graph, in which
+        nothing can be fitted.
         """
         passes, study.in_step = tuple(study.in_step), []
-        whole = all(
-            pass_id in study.running
-            and output.num_scheduled_tokens.get(pass_id) == len(study.running[pass_id].tokens)
-            for pass_id in passes
-        )
-        return passes if whole else ()
+        lengths = [len(study.running[p].tokens) if p in study.running else 0 for p in passes]
+        whole = lengths == [output.num_scheduled_tokens.get(p) for p in passes]
+        return passes if whole and max(lengths, default=0) > 1 + self.num_spec_tokens else ()
 
     def _may_start(self) -> bool:
         """Nobody waits, and a slot is free."""
