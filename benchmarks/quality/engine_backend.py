@@ -205,6 +205,8 @@ def _generate(
     freed = dict.fromkeys(map(str, range(len(prompts))), 0)
     while engine.has_unfinished_requests():
         for request in scheduler.running:
+            if request.request_id in scheduler.passes:
+                continue
             segments = scheduler.compacting_manager.segments(request.request_id)
             tokens = sum(segment.end - segment.start for segment in segments)
             blocks = sum(len(segment.block_ids) for segment in segments)

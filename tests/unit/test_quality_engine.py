@@ -25,6 +25,15 @@ def test_forced_questions_after_the_compaction():
     assert nll[0] < nll[1] < nll[2]
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_reference_passes_are_no_conversations(on_policy):
+    conversations = make_conversations(0, 700, "sparse", Mode.AFTER, 4, 2, 1)
+    options = {"queries": "repeat-prefill", "on_policy": on_policy}
+    (tenth,) = engine_backend.run(RECALL_MODEL, options, [0.1], conversations, Mode.AFTER)
+    assert tenth.compactions == 1 and not tenth.failures
+    assert tenth.blocks < tenth.full_blocks / 2 and len(tenth.held) == len(conversations) == 1
+
+
 def test_a_failing_engine_says_why():
     with pytest.raises(engine_backend.EngineError, match="nonsense"):
         engine_backend.run(
