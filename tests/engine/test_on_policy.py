@@ -103,6 +103,15 @@ def test_queries_come_through_the_layers_compacted_before(tiny_model, budgets):
         assert moved < 1e-4 if layer == 0 else moved > 1e-2, (layer, moved)
 
 
+def test_one_sequence_after_the_other_where_a_step_reads_no_two(tiny_model):
+    asks = [Ask(random_prompt(random.Random(i), 400), 30) for i in range(3)]
+    with driver.start(tiny_model, ON_POLICY, max_num_batched_tokens=512) as engine:
+        found = _watch(engine)
+        engine.run(asks)
+        assert len(found) == 3 and all(fit.on_policy is not None for fit, _ in found)
+        assert engine.totals.compactions == 3 and not engine.totals.reference_shortfalls
+
+
 def test_without_room_in_one_step_the_fit_comes_behind_the_passes(tiny_model):
     """A span that no step reads in whole: what fits of it is; where nothing does, as if off."""
     some = {**ON_POLICY, "pass_tokens": 64}

@@ -175,25 +175,28 @@ class ReferencePassMixin(Scheduler):
                     self._cut_short(study)
 
     def _start_together(self, study: Study) -> None:
-        """Start the passes that one step can read, if that is worth it now."""
-        if not self._may_start():
-            return
-        slots = self.max_num_active_reqs - self._active_requests() - self._new_passes()
+        """Start the passes that one step can read, unless a later one could read far more."""
         most = self.max_num_scheduled_tokens
-        free = most - sum(self._tokens_due(request) for request in self.running)
-        if 2 * free < most:
-            return  # somebody's prefill goes first
         longest = self.scheduler_config.long_prefill_token_threshold or most
-        plans = read_together(study.together, slots, min(free, most), longest)
-        if not plans:
+        at_best = read_together(
+            study.together, self.max_num_active_reqs - 1, most - len(self.running), longest
+        )
+        if not at_best:
             self._cut_short(study)
-        elif self._has_blocks(study.end, *plans):
+            return
+        new = self._new_passes()
+        slots = self.max_num_active_reqs - self._active_requests() - len(new)
+        free = most - sum(self._tokens_due(request) for request in [*self.running, *new])
+        plans = read_together(study.together, slots, free, longest) if self._may_start() else []
+        # Somebody's prefill, or another's passes, go first.
+        much = 2 * sum(p.length for p in plans) >= sum(p.length for p in at_best)
+        if plans and much and self._has_blocks(study.end, *plans):
             study.together.clear()
             for plan in plans:
                 study.in_step.append(self._start_pass(study, plan))
 
     def _tokens_due(self, request: Request) -> int:
-        """Tokens of a running request that the next step computes, if they fit."""
+        """Tokens of a request that the next step computes, if they fit."""
         due = request.num_tokens_with_spec + request.num_output_placeholders
         return max(1, due - request.num_computed_tokens)
 
@@ -214,14 +217,15 @@ class ReferencePassMixin(Scheduler):
         unpaused = self._pause_state == PauseState.UNPAUSED
         if not unpaused or self.waiting or self.kv_holding_waiting:
             return False
-        return self._active_requests() + self._new_passes() < self.max_num_active_reqs
+        return self._active_requests() + len(self._new_passes()) < self.max_num_active_reqs
 
     def _active_requests(self) -> int:
         return len(self.running) + self.num_waiting_for_streaming_input
 
-    def _new_passes(self) -> int:
+    def _new_passes(self) -> list[Request]:
         """Passes that have been started since the last step."""
-        return sum(self.requests[p].status != RequestStatus.RUNNING for p in self.passes)
+        requests = [self.requests[pass_id] for pass_id in self.passes]
+        return [r for r in requests if r.status != RequestStatus.RUNNING]
 
     def _has_blocks(self, end: int, *plans: PassPlan) -> bool:
         """These passes fit beside what users, compactions and running passes will need."""
@@ -312,8 +316,7 @@ class ReferencePassMixin(Scheduler):
         self._start_passes()
         # Scheduled, and preempted, in this order: users first, and passes are the first victims.
         self.running.sort(key=lambda request: request.request_id in self.passes)
-        fresh = [self.requests[p] for p in self.passes]
-        fresh = [r for r in fresh if r.status == RequestStatus.WAITING]
+        fresh = [r for r in self._new_passes() if r.status == RequestStatus.WAITING]
         for request in fresh:
             self.waiting.add_request(request)
         try:
