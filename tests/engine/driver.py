@@ -223,6 +223,7 @@ def main() -> None:
             result["reference_tokens"] = engine.totals.reference_tokens
             result["reference_shortfalls"] = engine.totals.reference_shortfalls
             result["blocks_freed"] = engine.totals.blocks_freed
+            result["merges"] = engine.totals.merges
     print(json.dumps(result))
 
 

@@ -161,6 +161,27 @@ def test_a_quarter_frees_blocks(half, runner):
     assert all(len(output) == 60 for output in result["outputs"].values())
 
 
+@pytest.mark.parametrize("runner", ["v2", "v1"])
+def test_on_policy(half, runner):
+    """Layers are fitted between the graphs of a step that also decodes."""
+    compaction = {**IDENTITY, "queries": "repeat-prefill", "on_policy": True}
+    result = half.run(runner, kv_compaction=compaction, options={"max_num_batched_tokens": 1024})
+    check_compacted(result, compactions=8)  # many end before their passes
+    assert result["graphs"] > 0 and result["reference_tokens"] > 0
+    assert result["reference_shortfalls"] < result["compactions"]
+    half.check_parity(result)
+
+
+def test_merged_segments(half):
+    asks = [driver.Ask(driver.random_prompt(random.Random(i), 900), 200) for i in range(4)]
+    compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "merge_slots": 64}
+    options = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 65}
+    result = serve(half.model, half.dtype, asks, kv_compaction=compaction, options=options)
+    check_compacted(result, compactions=8)
+    assert result["merges"] >= 4
+    assert all(len(output) == 200 for output in result["outputs"].values())
+
+
 def test_ngram_speculation(half):
     asks = [driver.Ask(driver.random_prompt(random.Random(i), 40) * 6, 40) for i in range(6)]
     speculative = {
