@@ -253,18 +253,17 @@ def write_markdown(path: Path, rows: Sequence[Row], command: str, machine: str) 
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-def write_plot(path: Path, rows: Iterable[Row], shown: int = 12) -> None:
+def write_plot(path: Path, rows: Iterable[Row], shown: int = 10) -> None:
     """Accuracy against real memory: a panel per setting and kind, a line per configuration.
 
     Args:
-        shown: configurations that get a colour and a name, the best by their mean over ratios;
-            all others are drawn in grey.
+        shown: configurations that get a colour and a name; all others are drawn in grey.
     """
     rows = list(rows)
     settings = list(dict.fromkeys(row.setting for row in rows))
     kinds = [k for k in ("recall", "restated", "tally") if any(_asked(r, k) for r in rows)]
     named = _best(rows, shown)
-    colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(named)}
+    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(named)}
     figure, axes = plt.subplots(
         len(settings),
         len(kinds),
@@ -326,13 +325,24 @@ def _legend(axes: Iterable[Axes]) -> tuple[list[Any], list[str]]:
 
 
 def _best(rows: Sequence[Row], count: int) -> list[str]:
-    """Names of the configurations with the highest mean share of right answers."""
-    names = dict.fromkeys(row.label for row in rows if row.options != FULL)
-    means = {}
-    for name in names:
-        right = [row.right for row in rows if row.label == name]
-        means[name] = sum(right) / len(right)
-    return sorted(means, key=lambda name: -means[name])[:count]
+    """Names of the configurations to tell apart: measured at the most ratios, then the best.
+
+    The best have the highest mean share of right answers, over the ratios that all were measured
+    at: a mean over easier ratios is no merit.
+    """
+    of_name: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.options != FULL:
+            of_name.setdefault(row.label, []).append(row)
+    ratios = [{row.ratio for row in found} for found in of_name.values()]
+    shared = set.intersection(*ratios) if ratios else set()
+
+    def rank(name: str) -> tuple[int, float]:
+        found = of_name[name]
+        right = [row.right for row in found if row.ratio in shared]
+        return -len({row.ratio for row in found}), -sum(right) / max(1, len(right))
+
+    return sorted(of_name, key=rank)[:count]
 
 
 def _asked(row: Row, kind: str) -> int:
