@@ -115,8 +115,8 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
     with driver.start(tiny_model, QUARTER) as engine:
         reference_slots = engine.scheduler._reference_slots
 
-        def spy(span):
-            slots = reference_slots(span)
+        def spy(span, passes=()):
+            slots = reference_slots(span, passes)
             sampled.append(len(slots))
             return slots
 
