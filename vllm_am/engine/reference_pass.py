@@ -176,18 +176,18 @@ class ReferencePassMixin(Scheduler):
 
     def _start_together(self, study: Study) -> None:
         """Start the passes that one step can read, unless a later one could read far more."""
-        most = self.max_num_scheduled_tokens
-        longest = self.scheduler_config.long_prefill_token_threshold or most
-        at_best = read_together(
-            study.together, self.max_num_active_reqs - 1, most - len(self.running), longest
-        )
-        if not at_best:
-            self._cut_short(study)
+        if not self._may_start():
             return
         new = self._new_passes()
         slots = self.max_num_active_reqs - self._active_requests() - len(new)
+        most = self.max_num_scheduled_tokens
+        longest = self.scheduler_config.long_prefill_token_threshold or most
+        at_best = read_together(study.together, slots, most - len(self.running), longest)
+        if not at_best:
+            self._cut_short(study)
+            return
         free = most - sum(self._tokens_due(request) for request in [*self.running, *new])
-        plans = read_together(study.together, slots, free, longest) if self._may_start() else []
+        plans = read_together(study.together, slots, free, longest)
         # Somebody's prefill, or another's passes, go first.
         much = 2 * sum(p.length for p in plans) >= sum(p.length for p in at_best)
         if plans and much and self._has_blocks(study.end, *plans):
