@@ -1,5 +1,6 @@
 """The bounded least-squares solver against scipy, and the mass fit built on it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -133,6 +134,19 @@ def test_neighbours_do_not_change_a_bit(t):
         muted = gram.clone(), rhs.clone()
         muted[0][others], muted[1][others] = 0, 0
         assert torch.equal(solve_box(*muted, LO, HI).x[i], together.x[i])
+
+
+def test_one_of_two_goes_on_alone():
+    """With two heads the one still at work is once again as large a batch as both were."""
+    pairs = [normal_equations(make(200, 50)) for make in DESIGNS.values()]
+    gram, rhs = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    together = solve_box(gram, rhs, LO, HI)
+    apart = 0
+    for i, j in itertools.permutations(range(len(pairs)), 2):
+        two = solve_box(gram[[i, j]], rhs[[i, j]], LO, HI)
+        assert torch.equal(two.x, together.x[[i, j]])
+        apart += int(two.iterations.diff().abs() > 2)
+    assert apart > 2
 
 
 def test_iterations_stay_few_on_attention():

@@ -139,16 +139,15 @@ def solve_box(
     for _ in range(max_iterations):
         if active.numel() == 0:
             break
-        everyone = active.numel() == batch
-        if active.numel() == 1 and batch > 1:
-            active = active.repeat(2)  # a batch of one is rounded differently
-        G = gram if everyone else gram[active]
-        b, at, g = c[active], x[active], gradient[active]
-        low, high, use = lower[active], upper[active], used[active]
+        alone = active.numel() == 1 and batch > 1
+        rows = active.repeat(2) if alone else active  # a batch of one is rounded differently
+        G = gram if active.numel() == batch else gram[rows]
+        b, at, g = c[rows], x[rows], gradient[rows]
+        low, high, use = lower[rows], upper[rows], used[rows]
 
         held = ((at <= low) & (g > 0)) | ((at >= high) & (g < 0)) | ~use
         for _ in range(_RELEASES):
-            step, damping[active] = _solve_free(G, g, held, damping[active])
+            step, damping[rows] = _solve_free(G, g, held, damping[rows])
             # A variable that its gradient releases may be pushed back out by the others; clipping
             # it would spoil the step, so hold it after all and solve again.
             outward = ((at <= low) & (step > 0)) | ((at >= high) & (step < 0))
@@ -158,7 +157,7 @@ def solve_box(
             held |= outward
 
         newton = at.unsqueeze(1) - steps.view(1, -1, 1) * step.unsqueeze(1)
-        descent = at - g / lipschitz[active].unsqueeze(1)
+        descent = at - g / lipschitz[rows].unsqueeze(1)
         trials = torch.cat([newton, descent.unsqueeze(1)], dim=1)  # [b, 9, t]
         trials = torch.clamp(trials, low.unsqueeze(1), high.unsqueeze(1))
         images = torch.bmm(trials, G)
@@ -168,21 +167,21 @@ def solve_box(
         change = 0.5 * (delta * (images - b.unsqueeze(1) + g.unsqueeze(1))).sum(2)
         change = torch.where(change.isnan(), torch.inf, change)
         best = change.argmin(dim=1)
-        row = torch.arange(len(active), device=G.device)
-        moved = change[row, best] < 0
+        trial = torch.arange(len(rows), device=G.device)
+        moved = change[trial, best] < 0
         # Where bounds cut most of the promised descent off, a more cautious step comes next.
         promised = -0.5 * _dot(step, g)
-        gain = change[row, best] / promised.clamp(max=-torch.finfo(G.dtype).tiny)
+        gain = change[trial, best] / promised.clamp(max=-torch.finfo(G.dtype).tiny)
         factor = torch.where(gain < 0.25, 10.0, torch.where(gain > 0.75, 0.1, 1.0))
-        damping[active] = (damping[active] * factor).clamp(_MIN_DAMPING, 1.0)
+        damping[rows] = (damping[rows] * factor).clamp(_MIN_DAMPING, 1.0)
 
-        at = torch.where(moved.unsqueeze(1), trials[row, best], at)
-        g = torch.where(moved.unsqueeze(1), torch.where(use, images[row, best] - b, 0.0), g)
-        x[active], gradient[active] = at, g
-        kkt[active] = residual(at, g, low, high)
+        at = torch.where(moved.unsqueeze(1), trials[trial, best], at)
+        g = torch.where(moved.unsqueeze(1), torch.where(use, images[trial, best] - b, 0.0), g)
+        x[rows], gradient[rows] = at, g
+        kkt[rows] = residual(at, g, low, high)
         iterations[active] += 1
         # A head that cannot descend any more has reached the precision of its dtype.
-        active = active[moved & (kkt[active] > tolerance)]
+        active = active[(moved & (kkt[rows] > tolerance))[: active.numel()]]
 
     x = torch.clamp(x / norm, lo, hi)[:, :variables]
     return BoxSolution(x, kkt, iterations)
