@@ -23,8 +23,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 
 from tests.engine.models import make_random_model
+from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
 from vllm_am.compaction.pages import PagedKV
-from vllm_am.engine import attention_cpu, attention_cuda, live_batch, worker_state
+from vllm_am.engine import attention_cuda, live_batch, worker_state
 from vllm_am.engine.messages import CompactionStep, QuerySample
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker_state import CompactedSequence, WorkerState
@@ -404,19 +405,18 @@ def make_impl(config: Any) -> attention_cuda.CompactionAttentionImpl:
 
 def reference(world: World, layer: int, query: torch.Tensor) -> torch.Tensor:
     """The CPU backend's attention on the same state."""
-    out, first = torch.zeros_like(query), 0
+    out, rows, first = torch.zeros_like(query), [], 0
     for request in world.requests:
         last = first + request.new
         blocks, length = expected_row(world, request)
         sequence = world.state.sequences.get(request.name)
-        row = attention_cpu.Row(first, last, torch.tensor(blocks), length, sequence)
-        slots = None
-        if sequence is not None:
-            slots = attention_cpu.compacted_slots(world.state.kv, sequence.padded, layer)
-        out[first:last] = attention_cpu.attend_row(
-            query[first:last], world.caches[layer], row, slots, SCALE
-        )
+        pages = None if sequence is None else sequence.padded
+        rows.append(PagedRow(first, last, torch.tensor(blocks), length, pages))
         first = last
+    for group in group_rows(rows, world.state.kv):
+        out[group.queries] = attend_pages(
+            query[group.queries], world.state.kv, group, layer, scale=SCALE
+        )
     return out
 
 

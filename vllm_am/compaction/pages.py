@@ -79,10 +79,10 @@ class PagedKV:
             num_kv_heads=heads,
         )
 
-    def block_pages(self, block_ids: Sequence[int]) -> Tensor:
+    def block_pages(self, block_ids: Sequence[int] | Tensor) -> Tensor:
         """int64 [heads, blocks] on the CPU: the pages of whole blocks, by (layer, KV head)."""
         layers = torch.tensor(self.layer_bases)[:, None, None]
-        blocks = torch.tensor(block_ids, dtype=torch.int64) * self.block_stride
+        blocks = torch.as_tensor(block_ids, dtype=torch.int64) * self.block_stride
         heads = torch.arange(self.num_kv_heads)[:, None]
         return (layers + heads + blocks).flatten(0, 1)
 

@@ -4,9 +4,9 @@ vLLM symbols touched: ``v1.attention.backends.cpu_attn`` (subclassed), registere
 backend. vLLM's own CPU kernel packs keys in a tile order of its own, which neither the fit nor a
 per-key bias can share, so reads and writes of the cache are done here.
 
-A row attends to ``[protected prefix | compacted slots with bias | live tail]``. Keys keep the
+A row attends to ``[protected prefix | live tail | compacted slots with bias]``. Keys keep the
 rotation of their original positions, so order and distance inside the cache do not matter;
-causality only concerns the newest tokens, which are always at the end.
+causality only concerns the newest tokens, which are always at the end of the live ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
@@ -25,34 +24,17 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_am.compaction.pages import PagedKV
+from vllm_am.compaction.attend_pages import PagedRow, PagedRows, attend_pages, group_rows
 from vllm_am.engine.capabilities import PlainLayer
 from vllm_am.engine.worker_state import CompactedSequence, WorkerState, worker_state
-
-#: Query rows attended at once: bounds the mask and score matrices of long prefill chunks.
-QUERY_CHUNK = 1024
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence of the batch."""
-
-    first: int
-    """Its query rows are [first, last) of the batch."""
-    last: int
-    live_blocks: torch.Tensor
-    """int64: blocks of the protected prefix and of the live tail."""
-    live_tokens: int
-    compacted: CompactedSequence | None
-    """What stands for the tokens that are neither, or None."""
 
 
 @dataclass(frozen=True)
 class CompactionMetadata:
     """Attention metadata of one batch, shared by all layers."""
 
-    rows: list[Row]
-    state: WorkerState | None
+    groups: list[PagedRows]
+    state: WorkerState
     capture_rows: torch.Tensor
     """int64 [n]: query rows of the batch that are kept as reference queries."""
     capture_slots: torch.Tensor
@@ -76,26 +58,28 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
     ) -> CompactionMetadata:
         common = common_attn_metadata
         state = worker_state(self.vllm_config)
+        assert state is not None  # it came with the cache
         starts: list[int] = common.query_start_loc_cpu.tolist()
         lengths: list[int] = common.seq_lens.tolist()
-        ids: list[str | None] = [None] * common.num_reqs
-        if state is not None:
-            ids = state.row_request_ids(common.req_idx, common.num_reqs)
+        ids = state.row_request_ids(common.req_idx, common.num_reqs)
         rows, captured, slots = [], [], []
         for index, request_id in enumerate(ids):
             first, last = starts[index], starts[index + 1]
             if last <= first:
                 continue
-            sequence = state.sequences.get(request_id) if state and request_id else None
+            sequence = state.sequences.get(request_id or "")
             rows.append(
                 self._row(first, last, common.block_table_tensor[index], lengths[index], sequence)
             )
-            if state and state.step and (sample := state.step.samples.get(request_id or "")):
+            if state.step and (sample := state.step.samples.get(request_id or "")):
                 captured.append(torch.from_numpy(sample.offsets) + first)
                 slots.append(torch.from_numpy(sample.slots))
         empty = torch.empty(0, dtype=torch.int64)
         return CompactionMetadata(
-            rows, state, torch.cat([*captured, empty]), torch.cat([*slots, empty])
+            groups=list(group_rows(rows, state.kv)),
+            state=state,
+            capture_rows=torch.cat([*captured, empty]),
+            capture_slots=torch.cat([*slots, empty]),
         )
 
     def _row(
@@ -105,13 +89,14 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         table: torch.Tensor,
         length: int,
         sequence: CompactedSequence | None,
-    ) -> Row:
+    ) -> PagedRow:
         blocks = table[: -(-length // self.block_size)].long()
         if sequence is None:
-            return Row(first, last, blocks, length, None)
+            return PagedRow(first, last, blocks, length, None)
         gap = slice(sequence.start // self.block_size, sequence.end // self.block_size)
         live = torch.cat([blocks[: gap.start], blocks[gap.stop :]])
-        return Row(first, last, live, length - (sequence.end - sequence.start), sequence)
+        length -= sequence.end - sequence.start
+        return PagedRow(first, last, live, length, sequence.padded)
 
 
 class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
@@ -154,107 +139,15 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
         query = query.view(-1, heads, dim)
         out = output.view(-1, heads, dim)
         state = metadata.state
-        if state is not None and len(metadata.capture_slots):
+        if len(metadata.capture_slots):
             state.queries[layer.layer_name][metadata.capture_slots] = query[metadata.capture_rows]
             state.fit_on_policy(layer.layer_name)
-        for row in metadata.rows:
-            compacted = None
-            if row.compacted is not None and state is not None:
-                index = state.layer_indices[layer.layer_name]
-                compacted = compacted_slots(state.kv, row.compacted.padded, index)
-            out[row.first : row.last] = attend_row(
-                query[row.first : row.last], kv_cache, row, compacted, self.scale
+        index = state.layer_indices[layer.layer_name]
+        for rows in metadata.groups:
+            out[rows.queries] = attend_pages(
+                query[rows.queries], state.kv, rows, index, scale=self.scale
             )
         return output
-
-
-def compacted_slots(
-    kv: PagedKV, padded: torch.Tensor, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys, values and bias of a sequence's compacted slots in one layer.
-
-    Args:
-        padded: int64 [heads, pages], -1 where a head has no more pages.
-
-    Returns:
-        ``[H, slots, 2 * D]`` and float32 ``[H, slots]``, padded with bias -inf to the layer's
-        longest head.
-    """
-    pages = padded[layer * kv.num_kv_heads : (layer + 1) * kv.num_kv_heads]
-    pages = pages[:, : int((pages >= 0).sum(dim=1).max())]
-    some = pages.clamp(min=0)
-    bias = kv.bias[some].masked_fill((pages < 0).unsqueeze(2), float("-inf"))
-    return kv.pages[some].flatten(1, 2), bias.flatten(1)
-
-
-def attend_row(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    row: Row,
-    compacted: tuple[torch.Tensor, torch.Tensor] | None,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of one sequence's newest tokens over everything it holds.
-
-    Args:
-        query: ``[n, query heads, D]``, the last ``n`` tokens of the sequence.
-        kv_cache: ``[num_blocks, H, block_size, 2 * D]``.
-        row: where the sequence's live keys and values are.
-        compacted: see :func:`compacted_slots`.
-        scale: factor on the scores; the bias is added after it (algorithm, §1.1).
-
-    Returns:
-        ``[n, query heads, D]`` in the dtype of ``query``.
-    """
-    kv_heads, dim = kv_cache.shape[1], kv_cache.shape[3] // 2
-    new = query.shape[0]
-    live = kv_cache[row.live_blocks].transpose(0, 1).flatten(1, 2)[:, : row.live_tokens]
-    held, held_bias = live, None
-    if compacted is not None:
-        entries, held_bias = compacted
-        held = torch.cat([entries, live], dim=1)
-    # The bias was fitted in float32, and SDPA wants one dtype for mask and operands.
-    dtype = query.dtype if held_bias is None else torch.float32
-    # One SDPA batch entry per KV head, its group of query heads as SDPA's heads.
-    grouped = query.view(new, kv_heads, -1, dim).permute(1, 2, 0, 3).to(dtype)  # [H, g, n, D]
-    group = grouped.shape[1]
-    keys = held[:, None, :, :dim].expand(-1, group, -1, -1).to(dtype)
-    values = held[:, None, :, dim:].expand(-1, group, -1, -1).to(dtype)
-    parts = []
-    for first in range(0, new, QUERY_CHUNK):
-        chunk = grouped[:, :, first : first + QUERY_CHUNK]
-        mask = _mask(chunk.shape[2], first, new, row.live_tokens, held_bias, dtype)
-        parts.append(F.scaled_dot_product_attention(chunk, keys, values, mask, scale=scale))
-    return torch.cat(parts, dim=2).permute(2, 0, 1, 3).reshape(query.shape).to(query.dtype)
-
-
-def _mask(
-    rows: int,
-    first: int,
-    new: int,
-    live: int,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """Bias of the compacted slots and causality among the live tokens; None where neither is due.
-
-    Row ``i`` of the newest ``new`` tokens sees the first ``live - new + i + 1`` live tokens and
-    every compacted slot. Returns ``[H or 1, 1, rows, slots + live]``.
-    """
-    if bias is None and new == 1:
-        return None
-    visible = torch.arange(first, first + rows)[:, None] + (live - new) >= torch.arange(live)
-    causal = torch.zeros(rows, live, dtype=dtype).masked_fill_(~visible, float("-inf"))
-    if bias is None:
-        return causal[None, None]
-    heads, slots = bias.shape
-    return torch.cat(
-        [
-            bias[:, None, None].expand(heads, 1, rows, slots).to(dtype),
-            causal[None, None].expand(heads, 1, rows, live),
-        ],
-        dim=-1,
-    )
 
 
 class CompactionCPUBackend(CPUAttentionBackend):

@@ -1,0 +1,138 @@
+"""Attention over the pages of a batch against attention over what they hold."""
+
+import random
+
+import pytest
+import torch
+
+from vllm_am.compaction import attend_pages as module
+from vllm_am.compaction.attend import attend, causal_mask
+from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
+from vllm_am.compaction.pages import PagedKV
+
+LAYERS, BLOCKS, BLOCK = 2, 40, 4
+
+
+def make_cache(heads, dim, dtype=torch.float32):
+    store = torch.randn(BLOCKS, LAYERS, heads, BLOCK, 2 * dim).to(dtype)
+    kv = PagedKV.from_layers([store[:, layer] for layer in range(LAYERS)])
+    kv.bias.normal_()
+    return kv
+
+
+def make_rows(kv, lengths, news, compacted):
+    """Rows on blocks of their own; ``compacted[r]`` pages at most for a head, or None."""
+    blocks = iter(random.sample(range(BLOCKS), BLOCKS))
+    rows, first = [], 0
+    for length, new, most in zip(lengths, news, compacted, strict=True):
+        mine = torch.tensor([next(blocks) for _ in range(-(-length // BLOCK))])
+        pages = None
+        if most is not None:
+            pool = kv.block_pages([next(blocks) for _ in range(-(-most // 1))])  # [heads, most]
+            counts = [random.randint(0, most) for _ in range(kv.num_heads - 1)] + [most]
+            pages = torch.full((kv.num_heads, most), -1)
+            for head, count in enumerate(counts):
+                pages[head, :count] = pool[head, :count]
+                if count:
+                    kv.bias[pool[head, count - 1], BLOCK // 2 :] = -torch.inf  # not used
+        rows.append(PagedRow(first, first + new, mine, length, pages))
+        first += new
+    return rows
+
+
+def expected(queries, kv, row, layer, scale):
+    """[new, query heads, D] of one row, head by head."""
+    heads, group = kv.num_kv_heads, queries.shape[1] // kv.num_kv_heads
+    out = torch.empty(queries.shape)
+    for head in range(heads):
+        pages = kv.block_pages(row.blocks)[layer * heads + head]
+        entries = kv.pages[pages].flatten(0, 1)[: row.live_tokens]
+        bias = torch.zeros(row.live_tokens)
+        if row.compacted is not None:
+            more = row.compacted[layer * heads + head]
+            more = more[more >= 0]
+            entries = torch.cat([entries, kv.pages[more].flatten(0, 1)])
+            bias = torch.cat([bias, kv.bias[more].flatten()])
+        sees = torch.ones(row.new, len(entries), dtype=torch.bool)
+        sees[:, : row.live_tokens] = causal_mask(row.new, row.live_tokens)
+        keys, values = entries.chunk(2, dim=1)
+        for member in range(head * group, (head + 1) * group):
+            q = queries[row.first : row.last, member]
+            out[row.first : row.last, member] = attend(
+                q, keys, values, bias, scale=scale, mask=sees
+            )[0]
+    return out[row.first : row.last]
+
+
+CASES = {
+    "one token": ([1], [1], [None]),
+    "decodes": ([9, 1, 8, 5], [1, 1, 1, 1], [None, None, None, None]),
+    "compacted decodes": ([9, 1, 8, 5], [1, 1, 1, 1], [3, 1, 2, 0]),
+    "prefill": ([13], [13], [None]),
+    "chunk of a prefill": ([22], [7], [None]),
+    "chunk of a compacted prefill": ([22], [7], [2]),
+    "two alike": ([9, 9], [3, 3], [1, 1]),
+    "two prefills": ([9, 11], [3, 3], [None, None]),
+    "everything": ([17, 9, 5, 1, 12, 6], [1, 9, 2, 1, 1, 2], [2, None, 1, None, 3, 1]),
+}
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_attention_over_what_is_held(case, group, monkeypatch):
+    random.seed(len(case))
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+    heads, dim, scale = 2, 8, 0.3
+    kv = make_cache(heads, dim)
+    rows = make_rows(kv, *CASES[case])
+    queries = torch.randn(sum(CASES[case][1]), heads * group, dim)
+    for layer in range(LAYERS):
+        out = torch.full_like(queries, torch.nan)
+        for each in group_rows(rows, kv):
+            out[each.queries] = attend_pages(queries[each.queries], kv, each, layer, scale=scale)
+        for row in rows:
+            wanted = expected(queries, kv, row, layer, scale)
+            torch.testing.assert_close(out[row.first : row.last], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compacted", [None, 2])
+def test_what_others_left_behind_is_not_seen(compacted):
+    """Behind the last token of a block lies what was there before: not-a-number, at worst."""
+    kv = make_cache(2, 8)
+    rows = make_rows(kv, [9, 2], [1, 1], [compacted, compacted])
+    queries = torch.randn(2, 4, 8)
+    (group,) = group_rows(rows, kv) if compacted else [module.PagedRows.of(rows, kv)]
+    clean = attend_pages(queries, kv, group, 0, scale=0.3)
+    mine = torch.cat([kv.block_pages(row.blocks).flatten() for row in rows])
+    others = torch.ones(len(kv.pages), dtype=torch.bool)
+    others[mine] = False
+    for row in rows:
+        if row.compacted is not None:
+            others[row.compacted[row.compacted >= 0]] = False
+        kv.pages[kv.block_pages(row.blocks)[:, -1], row.live_tokens % BLOCK :] = torch.nan
+    kv.pages[others] = torch.nan
+    kv.bias[others] = torch.nan
+    assert torch.equal(attend_pages(queries, kv, group, 0, scale=0.3), clean)
+
+
+def test_half_precision_keeps_the_bias_in_float32():
+    kv = make_cache(2, 8, torch.bfloat16)
+    rows = make_rows(kv, [9], [1], [2])
+    queries = torch.randn(1, 4, 8).bfloat16()
+    (group,) = group_rows(rows, kv)
+    out = attend_pages(queries, kv, group, 0, scale=0.3)
+    wide = PagedKV(kv.pages.float(), kv.bias, kv.layer_bases, kv.block_stride, kv.num_kv_heads)
+    wanted = expected(queries.float(), wide, rows[0], 0, 0.3)
+    assert torch.equal(out, wanted.bfloat16())
+
+
+def test_groups_waste_little_and_stay_small(monkeypatch):
+    kv = make_cache(2, 8)
+    random.seed(1)
+    rows = make_rows(kv, [40, 36, 5, 4, 12], [1, 1, 1, 1, 12], [None, None, None, None, None])
+    sizes = [len(group.live_tokens) for group in group_rows(rows, kv)]
+    assert sorted(sizes) == [1, 1, 1, 2]  # 10 and 9 pages; 2; 1; the prefill
+    page_bytes = kv.num_kv_heads * kv.pages[0].numel() * kv.pages.itemsize
+    monkeypatch.setattr(module, "GATHERED_BYTES", 19 * page_bytes)
+    assert all(len(group.live_tokens) == 1 for group in group_rows(rows, kv))

@@ -1,0 +1,209 @@
+"""Attention of several sequences over their pages, in plain torch: what the CPU backend runs.
+
+A sequence sees its live tokens and its compacted slots, which have a bias. The keys and values of
+all sequences of a batch are gathered in one operation and attended in another: with a call per
+sequence, a decode step of a dozen short sequences spends most of its time between the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_am.compaction.pages import PagedKV
+
+#: Query rows attended at once: bounds the mask and score matrices of long prefill chunks.
+QUERY_CHUNK = 1024
+#: Keys and values gathered at once, unless a single sequence has more: they should still be in the
+#: cache when they are attended to.
+GATHERED_BYTES = 4 << 20
+#: Sequences with as many new tokens go together while the shortest has this share of the longest's
+#: pages: less wastes copies of padding, more makes more groups.
+LEAST_FILL = 0.6
+
+
+@dataclass(frozen=True)
+class PagedRow:
+    """One sequence of the batch.
+
+    Attributes:
+        first, last: its newest tokens are the query rows [first, last) of the batch.
+        blocks: int64 [b], blocks of its live tokens, in order.
+        live_tokens: how many those are, at least ``last - first``.
+        compacted: int64 [layers * heads, n], pages of what stands for its other tokens, -1 behind
+            the end of a head's list; or None.
+    """
+
+    first: int
+    last: int
+    blocks: Tensor
+    live_tokens: int
+    compacted: Tensor | None
+
+    @property
+    def new(self) -> int:
+        return self.last - self.first
+
+    @property
+    def pages(self) -> int:
+        """Pages of its longest head."""
+        return len(self.blocks) + (0 if self.compacted is None else self.compacted.shape[1])
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """R sequences attended together, with ``new`` query rows each.
+
+    Attributes:
+        queries: int64 [R * new], their rows in the batch.
+        new: newest tokens of each.
+        pages: int64 [layers, R, heads, P]: live pages, then compacted ones; where a head has no
+            more, any page of the sequence.
+        absent: bool, like ``pages``, where a head has no more; None if nothing is compacted here.
+        live_tokens: int64 [R]; live_slots: int64 [R], slots of the live pages.
+        stale: int64 [k], indices of slots in [R * P * block_size] behind the last token of a live
+            page: whoever had the page before may have left anything there.
+    """
+
+    queries: Tensor
+    new: int
+    pages: Tensor
+    absent: Tensor | None
+    live_tokens: Tensor
+    live_slots: Tensor
+    stale: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[PagedRow], kv: PagedKV) -> PagedRows:
+        """Rows with equally many new tokens."""
+        heads, size = kv.num_kv_heads, kv.block_size
+        longest = max(row.pages for row in rows)
+        pages = torch.full((len(kv.layer_bases), len(rows), heads, longest), -1)
+        stale, spare = [], []
+        for index, row in enumerate(rows):
+            live = len(row.blocks)
+            pages[:, index, :, :live] = kv.block_pages(row.blocks).unflatten(0, (-1, heads))
+            end = longest
+            spare.append(int(pages[0, index, 0, 0]))
+            if row.compacted is not None and bool((row.compacted >= 0).any()):
+                lists = row.compacted.unflatten(0, (-1, heads))
+                pages[:, index, :, live : row.pages] = lists
+                end = live
+                spare[-1] = int(lists.max())  # filled to the last slot by whoever compacted
+            begin = index * longest * size
+            stale.append(torch.arange(begin + row.live_tokens, begin + end * size))
+        absent = pages < 0
+        return cls(
+            queries=torch.cat([torch.arange(row.first, row.last) for row in rows]),
+            new=rows[0].new,
+            pages=torch.where(absent, torch.tensor(spare)[:, None, None], pages),
+            absent=None if all(row.compacted is None for row in rows) else absent,
+            live_tokens=torch.tensor([row.live_tokens for row in rows]),
+            live_slots=torch.tensor([len(row.blocks) * size for row in rows]),
+            stale=torch.cat(stale),
+        )
+
+
+def group_rows(rows: Sequence[PagedRow], kv: PagedKV) -> Iterator[PagedRows]:
+    """The rows of a batch, in groups that are attended together."""
+    page_bytes = kv.num_kv_heads * kv.pages[0].numel() * kv.pages.itemsize
+    group: list[PagedRow] = []
+
+    def likeness(row: PagedRow) -> tuple[bool, int, int]:
+        return row.compacted is None, row.new, row.pages
+
+    for row in sorted(rows, key=likeness, reverse=True):
+        if group:
+            alike = likeness(row)[:2] == likeness(group[0])[:2]
+            filled = row.pages >= LEAST_FILL * group[0].pages
+            fits = (len(group) + 1) * group[0].pages * page_bytes <= GATHERED_BYTES
+            if not (alike and filled and fits):
+                yield PagedRows.of(group, kv)
+                group = []
+        group.append(row)
+    if group:
+        yield PagedRows.of(group, kv)
+
+
+def attend_pages(
+    queries: Tensor, kv: PagedKV, rows: PagedRows, layer: int, *, scale: float
+) -> Tensor:
+    """Attention of the newest tokens of some sequences over all that each of them holds.
+
+    Args:
+        queries: [R * new, query heads, D], of the rows in their order.
+        layer: index of the layer.
+        scale: factor on the scores; the bias is added after it.
+
+    Returns:
+        [R * new, query heads, D] in the dtype of ``queries``.
+    """
+    pages = rows.pages[layer]
+    count, heads, length = pages.shape
+    width = kv.pages.shape[2]
+    entries = kv.pages.index_select(0, pages.flatten())
+    entries = entries.view(count, heads, length * kv.block_size, width)
+    if count == 1 and rows.absent is None:
+        entries = entries[:, :, : int(rows.live_tokens[0])]
+    elif len(rows.stale):
+        slots = length * kv.block_size
+        # Hidden below; but a hidden NaN would still be one.
+        entries[rows.stale // slots, :, rows.stale % slots] = 0
+    # The bias was fitted in float32, and SDPA wants one dtype for mask and operands.
+    dtype = queries.dtype if rows.absent is None else torch.float32
+    keys, values = entries.to(dtype).split(width // 2, dim=3)
+    new = rows.new
+    # [R, H, group, new, D]
+    grouped = queries.view(count, new, heads, -1, width // 2).permute(0, 2, 3, 1, 4).to(dtype)
+    if new == 1:  # the query heads of a group see the same keys: they are SDPA's query rows
+        mask = _mask(kv, rows, layer, 0, 1, entries.shape[2], dtype)
+        out = F.scaled_dot_product_attention(grouped.squeeze(3), keys, values, mask, scale=scale)
+        return out.reshape(queries.shape).to(queries.dtype)
+    # One SDPA batch entry per sequence and KV head, its group of query heads as SDPA's heads.
+    grouped = grouped.flatten(0, 1)
+    keys = keys.flatten(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
+    values = values.flatten(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
+    parts = []
+    for first in range(0, new, QUERY_CHUNK):
+        last = min(new, first + QUERY_CHUNK)
+        mask = _mask(kv, rows, layer, first, last, entries.shape[2], dtype)
+        assert mask is not None
+        if count == 1 and mask.shape[1] == 1:
+            mask = mask.view(1, 1, last - first, -1)
+        else:
+            mask = mask.expand(-1, heads, -1, -1).flatten(0, 1).unsqueeze(1)
+        chunk = grouped[:, :, first:last]
+        parts.append(F.scaled_dot_product_attention(chunk, keys, values, mask, scale=scale))
+    out = torch.cat(parts, dim=2).unflatten(0, (count, heads))
+    return out.permute(0, 3, 1, 2, 4).reshape(queries.shape).to(queries.dtype)
+
+
+def _mask(
+    kv: PagedKV,
+    rows: PagedRows,
+    layer: int,
+    first: int,
+    last: int,
+    slots: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """[R, heads or 1, last - first, slots], added to the scores of new tokens [first, last).
+
+    Token i of the newest n sees the first ``live_tokens - n + i + 1`` live tokens and every
+    compacted slot. None where everything is seen.
+    """
+    if rows.absent is None and rows.new == 1 and len(rows.pages[0]) == 1:
+        return None
+    position = torch.arange(slots)
+    newest = rows.live_tokens - rows.new
+    seen = position <= newest[:, None, None] + torch.arange(first, last)[:, None]
+    causal = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")).unsqueeze(1)
+    if rows.absent is None:
+        return causal
+    bias = kv.bias[rows.pages[layer]].masked_fill_(rows.absent[layer].unsqueeze(3), float("-inf"))
+    live = (position < rows.live_slots.unsqueeze(1))[:, None, None]
+    return torch.where(live, causal, bias.flatten(2).unsqueeze(2))
