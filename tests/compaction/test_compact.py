@@ -532,7 +532,7 @@ def test_defaults():
         "scale": None,
         "key_bias": None,
         "group_size": 1,
-        "candidates": 4.0,  # our measurement, see candidates.py
+        "candidates": 8.0,  # our measurement, see candidates.py
         "statistics": None,
         "strict": True,
     }

@@ -18,10 +18,13 @@ from vllm_am.compaction.problem import Problem, scores_of_present
 from vllm_am.compaction.select_keys import gather_keys, top_keys
 from vllm_am.compaction.streaming import gram_blocks
 
-#: Candidates per slot. The Gram matrix costs their square. Held-out output / mass errors on the
-#: synthetic head of seed 0, 51 of 1,024 keys: OMP .236/.228 with 2, .240/.214 with 4, .235/.206
-#: with 8 or all; elimination .245/.211, .232/.165, .232/.138, and .246/.141 from all keys.
-CANDIDATES = 4.0
+#: Candidates per slot. Held-out output / mass errors on the synthetic head of seed 0, 51 of 1,024
+#: keys: OMP .236/.228 with 2, .240/.214 with 4, .235/.206 with 8 or all.
+CANDIDATES = 8.0
+#: The Gram matrix costs their square, so there are no more than this many...
+MOST_CANDIDATES = 2048
+#: ... unless that were fewer than this many per slot.
+LEAST_CANDIDATES = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,16 @@ class Candidates:
 def candidates(problem: Problem, budgets: Tensor) -> Iterator[Candidates]:
     """Candidates of all heads, in batches whose Gram matrices fit the memory bound.
 
-    There are ``problem.candidates`` per slot of a head's budget [H], or all keys if that is None.
+    There are ``problem.candidates`` per slot of a head's budget [H], or all keys if that is None;
+    not more than ``MOST_CANDIDATES`` where that leaves ``LEAST_CANDIDATES`` per slot.
     """
     existing = problem.present.sum(dim=1)
     counts = existing
     if problem.candidates is not None:
-        counts = torch.minimum((budgets * problem.candidates).ceil().long(), existing)
+        least = min(LEAST_CANDIDATES, problem.candidates)
+        wanted = (budgets * problem.candidates).ceil().long().clamp(max=MOST_CANDIDATES)
+        wanted = torch.maximum(wanted, (budgets * least).ceil().long())
+        counts = torch.minimum(wanted, existing)
     counts = torch.where(budgets > 0, counts, 0)
     size = int(counts.max()) if counts.numel() else 0
     indices = top_keys(scores_of_present(problem, "rms"), counts, size)

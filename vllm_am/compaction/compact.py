@@ -67,7 +67,8 @@ def compact(
             of positions. Only methods that look at positions (``snapkv``) or that hold out queries
             to choose among alternatives need to know.
         candidates: keys per slot, by rms attention, among which greedy methods (``omp``,
-            ``omp-fast``, ``eliminate``) choose; at least 1, None for all keys.
+            ``omp-fast``, ``eliminate``) choose; at least 1, None for all keys. Not more than
+            2,048 in all, but two per slot (see ``candidates``).
         statistics: of these queries over these keys and values, where the caller has them already,
             with the scores that the method needs (``METHODS[method].needed_norms``).
         strict: raise FitError if any head fails; otherwise failed heads are only marked in ``ok``.
