@@ -24,12 +24,22 @@ def machine_line() -> str:
 
 
 def commit() -> str:
-    """Of the working tree; from $VLLM_AM_COMMIT where the tree came without its repository."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(
-        describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return os.environ.get("VLLM_AM_COMMIT") or found.stdout.strip() or "unknown"
+    """Of the working tree; from $VLLM_AM_COMMIT where the tree came without its repository.
+
+    "-dirty" if tracked files differ from it, the results themselves aside.
+    """
+    code = [":/", ":(exclude,top)benchmarks/results"]
+    head = _git("rev-parse", "--short", "HEAD")
+    dirty = "-dirty" if head and _git("diff", "--name-only", "HEAD", "--", *code) else ""
+    return os.environ.get("VLLM_AM_COMMIT") or head + dirty or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def _gpu() -> str:

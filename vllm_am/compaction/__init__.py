@@ -6,7 +6,8 @@ see in the original cache), the selection of a method in ``methods``, ``fit_bias
 ``omp``, ``eliminate``, ``peaks`` with ``coverage``, ``eviction``; ``problem`` says what they get to
 see. Around it: ``budgets`` (pages per head), ``guard`` (slots that a head needs), ``segments``
 (merging), ``rotate_queries`` (reference queries from behind the text). ``attend`` is the reference
-for attention over the result, ``streaming`` the blocking that all stages share.
+for attention over the result, ``attend_pages`` that over a batch's pages, which the CPU backend
+runs; ``streaming`` is the blocking that all stages share.
 """
 
 from vllm_am.compaction.compact import compact, evaluate_fit
