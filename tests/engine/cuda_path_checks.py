@@ -191,7 +191,7 @@ def make_world(
         fitting=SimpleNamespace(forget=lambda gone: None),  # type: ignore[arg-type]
         runner=None,  # set below
     )
-    monkeypatch.setitem(worker_state._states, vllm_config.instance_id, state)
+    monkeypatch.setitem(worker_state._states, worker_state.engine_key(vllm_config), state)
     with set_current_vllm_config(vllm_config):
         builder = attention_cuda.CompactionMetadataBuilder(
             spec, list(LAYERS), vllm_config, torch.device("cpu"), block_table_width=WIDTH

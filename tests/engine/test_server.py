@@ -45,6 +45,16 @@ def server(tiny_model, tmp_path_factory):
             yield running
 
 
+@pytest.fixture(scope="module")
+def server_with_its_worker_inside(tiny_model, tmp_path_factory):
+    """The worker is in the engine's process, as with a single GPU."""
+    log = tmp_path_factory.mktemp("server-inside") / "log"
+    environment = {**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with Server(str(tiny_model), FLAGS, log, environment) as running:
+        running.wait_until_ready()
+        yield running
+
+
 def _complete(server, length, **body):
     prompt = [5 + (7 * i * i + length) % 490 for i in range(length)]
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, **body}
@@ -53,6 +63,16 @@ def _complete(server, length, **body):
         json={"ignore_eos": True, **body},
         timeout=120,
     )
+
+
+def test_compacts_with_the_worker_in_the_engines_process(server_with_its_worker_inside):
+    """vLLM changes the configuration's ``instance_id`` once such an engine is up."""
+    server = server_with_its_worker_inside
+    before = server.metrics()
+    assert _complete(server, 900).status_code == 200
+    delta = server.metrics().since(before)
+    assert delta.total("vllm:kv_compaction_compactions_total") == 1
+    assert delta.total("vllm:kv_compaction_failures_total") == 0
 
 
 def test_startup_line_says_what_is_on(server):

@@ -32,12 +32,22 @@ from vllm_am.engine.messages import (
 )
 from vllm_am.engine.rotary import rotaries
 
-_states: dict[str, WorkerState] = {}
+_states: dict[int, WorkerState] = {}
+
+
+def engine_key(vllm_config: VllmConfig) -> int:
+    """What tells the engines of a process apart.
+
+    vLLM's table of attention layers, of which there is one per model. Not ``instance_id``: where
+    the worker is in the process of a served engine, as it is with a single GPU, vLLM gives the
+    configuration a new one after the cache was created (``EngineCoreProc._perform_handshakes``).
+    """
+    return id(vllm_config.compilation_config.static_forward_context)
 
 
 def worker_state(vllm_config: VllmConfig) -> WorkerState | None:
     """The state of the engine with this configuration in this process, once its cache exists."""
-    return _states.get(vllm_config.instance_id)
+    return _states.get(engine_key(vllm_config))
 
 
 #: Temporaries of the largest size that a fit has at a time, at most.
@@ -162,7 +172,7 @@ class WorkerState:
             fit_bytes(kv.pages.device) // FIT_TEMPORARIES,
         )
         state = cls(limits, layers, kv, queries, fitting, runner)
-        _states[vllm_config.instance_id] = state
+        _states[engine_key(vllm_config)] = state
         return state
 
     @cached_property
@@ -187,7 +197,7 @@ class WorkerState:
 
     def release(self, vllm_config: VllmConfig) -> None:
         """The engine goes: another one may follow in this process."""
-        _states.pop(vllm_config.instance_id, None)
+        _states.pop(engine_key(vllm_config), None)
 
     def begin_step(self, step: CompactionStep | None, gone: set[str]) -> list[FitReport]:
         """Before the forward pass: forget requests, switch sequences over, fit.
