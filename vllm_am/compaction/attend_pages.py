@@ -62,8 +62,9 @@ class PagedRows:
         queries: int64 [R * new], their rows in the batch.
         new: newest tokens of each.
         pages: int64 [layers, R, heads, P]: live pages, then compacted ones; where a head has no
-            more, any page of the sequence.
-        absent: bool, like ``pages``, where a head has no more; None if nothing is compacted here.
+            more, any page at all.
+        absent: bool, like ``pages``, where a head has no more.
+        compacted: whether there are compacted pages, and so a bias.
         live_tokens: int64 [R]; live_slots: int64 [R], slots of the live pages.
         stale: int64 [k], indices of slots in [R * P * block_size] behind the last token of a live
             page: whoever had the page before may have left anything there.
@@ -72,7 +73,8 @@ class PagedRows:
     queries: Tensor
     new: int
     pages: Tensor
-    absent: Tensor | None
+    absent: Tensor
+    compacted: bool
     live_tokens: Tensor
     live_slots: Tensor
     stale: Tensor
@@ -83,25 +85,21 @@ class PagedRows:
         heads, size = kv.num_kv_heads, kv.block_size
         longest = max(row.pages for row in rows)
         pages = torch.full((len(kv.layer_bases), len(rows), heads, longest), -1)
-        stale, spare = [], []
+        stale = []
         for index, row in enumerate(rows):
             live = len(row.blocks)
             pages[:, index, :, :live] = kv.block_pages(row.blocks).unflatten(0, (-1, heads))
-            end = longest
-            spare.append(int(pages[0, index, 0, 0]))
-            if row.compacted is not None and bool((row.compacted >= 0).any()):
+            if row.compacted is not None:
                 lists = row.compacted.unflatten(0, (-1, heads))
                 pages[:, index, :, live : row.pages] = lists
-                end = live
-                spare[-1] = int(lists.max())  # filled to the last slot by whoever compacted
             begin = index * longest * size
-            stale.append(torch.arange(begin + row.live_tokens, begin + end * size))
-        absent = pages < 0
+            stale.append(torch.arange(begin + row.live_tokens, begin + live * size))
         return cls(
             queries=torch.cat([torch.arange(row.first, row.last) for row in rows]),
             new=rows[0].new,
-            pages=torch.where(absent, torch.tensor(spare)[:, None, None], pages),
-            absent=None if all(row.compacted is None for row in rows) else absent,
+            pages=pages.clamp(min=0),
+            absent=pages < 0,
+            compacted=any(row.compacted is not None for row in rows),
             live_tokens=torch.tensor([row.live_tokens for row in rows]),
             live_slots=torch.tensor([len(row.blocks) * size for row in rows]),
             stale=torch.cat(stale),
@@ -146,15 +144,15 @@ def attend_pages(
     count, heads, length = pages.shape
     width = kv.pages.shape[2]
     entries = kv.pages.index_select(0, pages.flatten())
-    entries = entries.view(count, heads, length * kv.block_size, width)
-    if count == 1 and rows.absent is None:
+    slots = length * kv.block_size
+    # What is not the sequence's own is hidden below; but a hidden NaN would still be one.
+    entries.view(count, heads, length, -1)[rows.absent[layer]] = 0
+    entries = entries.view(count, heads, slots, width)
+    entries[rows.stale // slots, :, rows.stale % slots] = 0
+    if count == 1 and not rows.compacted:
         entries = entries[:, :, : int(rows.live_tokens[0])]
-    elif len(rows.stale):
-        slots = length * kv.block_size
-        # Hidden below; but a hidden NaN would still be one.
-        entries[rows.stale // slots, :, rows.stale % slots] = 0
     # The bias was fitted in float32, and SDPA wants one dtype for mask and operands.
-    dtype = queries.dtype if rows.absent is None else torch.float32
+    dtype = torch.float32 if rows.compacted else queries.dtype
     keys, values = entries.to(dtype).split(width // 2, dim=3)
     new = rows.new
     # [R, H, group, new, D]
@@ -196,13 +194,13 @@ def _mask(
     Token i of the newest n sees the first ``live_tokens - n + i + 1`` live tokens and every
     compacted slot. None where everything is seen.
     """
-    if rows.absent is None and rows.new == 1 and len(rows.pages[0]) == 1:
+    if not rows.compacted and rows.new == 1 and len(rows.pages[0]) == 1:
         return None
     position = torch.arange(slots)
     newest = rows.live_tokens - rows.new
     seen = position <= newest[:, None, None] + torch.arange(first, last)[:, None]
     causal = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf")).unsqueeze(1)
-    if rows.absent is None:
+    if not rows.compacted:
         return causal
     bias = kv.bias[rows.pages[layer]].masked_fill_(rows.absent[layer].unsqueeze(3), float("-inf"))
     live = (position < rows.live_slots.unsqueeze(1))[:, None, None]
