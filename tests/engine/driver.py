@@ -46,6 +46,7 @@ class Engine:
     llm: Any
     outputs: dict[str, list[int]] = field(default_factory=dict)
     cached_tokens: dict[str, int] = field(default_factory=dict)
+    finish_reasons: dict[str, str] = field(default_factory=dict)
     logprobs: int | None = None
     """Keep the log-probabilities of so many tokens at every position, in ``likely``."""
     likely: dict[str, list[dict[int, float]]] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class Engine:
                 if output.finished:
                     self.outputs[output.request_id] = list(output.outputs[0].token_ids)
                     self.cached_tokens[output.request_id] = output.num_cached_tokens
+                    self.finish_reasons[output.request_id] = output.outputs[0].finish_reason
                     if self.logprobs is not None:
                         self.likely[output.request_id] = [
                             {token: entry.logprob for token, entry in position.items()}

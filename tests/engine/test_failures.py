@@ -174,3 +174,71 @@ def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
         assert engine.totals.compactions == 1
         assert not state.sequences
     assert outputs["0"] == healthy["0"]
+
+
+#: 1,152 slots: a sequence of more tokens is served only as long as its fits succeed.
+SMALL_POOL = {"num_gpu_blocks_override": 37, "max_model_len": 2048, "max_num_batched_tokens": 64}
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("prompt", "answer"), [(1300, 8), (600, 700)], ids=["prompt", "answer"])
+def test_what_never_fits_is_finished_with_an_error(
+    tiny_model, monkeypatch, prompt, answer, force_async
+):
+    """All its fits fail and the pool is too small without: no endless recomputation.
+
+    Requests beside it and behind it are served as ever.
+    """
+    asks = [
+        Ask(random_prompt(random.Random(0), prompt), answer),
+        Ask(random_prompt(random.Random(1), 100), 20),
+        Ask(random_prompt(random.Random(2), 120), 20, arrives=60),
+    ]
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    from vllm_am.engine import fitting, scheduler
+
+    errors = []
+    monkeypatch.setattr(scheduler.logger, "error", lambda message, *args: errors.append(message))
+    options = {**OPTIONS, "ratio": 0.1, "threshold": 320}
+    with driver.start(tiny_model, options, force_async, **SMALL_POOL) as engine:
+        assert len(engine.run(asks[:1])["0"]) == answer, "it fits where fits succeed"
+        assert not engine.totals.failures
+    with driver.start(tiny_model, options, force_async, **SMALL_POOL) as engine:
+        _raises(_fit_error("singular"))(fitting, monkeypatch)
+        engine.before_step = _no_more_steps_than(3000)
+        outputs = engine.run(asks)
+        assert engine.finish_reasons == {"0": "error", "1": "length", "2": "length"}
+        assert outputs["0"] == stock["0"][: len(outputs["0"])]
+        assert {k: outputs[k] for k in "12"} == {k: stock[k] for k in "12"}
+        assert engine.used_blocks == 0 and not engine.scheduler.compaction.options
+    assert len(errors) == 1 and "is finished with an error" in errors[0]
+
+
+def test_passing_failure_is_outlived_by_computing_anew(tiny_model, monkeypatch):
+    """Fits that fail only the first time round, as for a passing lack of memory."""
+    from vllm_am.engine import fitting
+
+    ask = Ask(random_prompt(random.Random(0), 1300), 8)
+    original = fitting.compact
+    options = {**OPTIONS, "ratio": 0.1, "threshold": 320}
+    with driver.start(tiny_model, options, **SMALL_POOL) as engine:
+
+        def compact(*args, **kwargs):
+            (request,) = engine.scheduler.requests.values()
+            if not request.num_preemptions:
+                raise torch.OutOfMemoryError("no memory")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(fitting, "compact", compact)
+        engine.before_step = _no_more_steps_than(3000)
+        assert len(engine.run([ask])["0"]) == 8
+        assert engine.finish_reasons == {"0": "length"}
+        assert engine.totals.failures and engine.totals.compactions >= 2
+
+
+def _no_more_steps_than(most):
+    def check(engine, step):
+        assert step < most, "an endless loop"
+
+    return check

@@ -224,6 +224,35 @@ def test_museum_20_prompt_four_times_the_pool(tiny_model):
     assert peak <= 64
 
 
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_cached_prefix_nearly_as_long_as_the_pool(tiny_model, force_async):
+    """A conversation that outgrows the pool: its cached prefix leaves no room for its next chunk.
+
+    Taken whole, it would wait for ever, and everybody behind it.
+    """
+    prompt = random_prompt(random.Random(5), 2300)
+    small = {"num_gpu_blocks_override": 78, "max_model_len": 3000, "max_num_batched_tokens": 320}
+    options = {"ratio": 0.1, "threshold": 320, "recent_tokens": 16}
+    seen = 0
+
+    def watch(engine, step):
+        nonlocal seen
+        seen = max(seen, engine.used_blocks)
+        assert step < 500, "it waits for ever"
+
+    with driver.start(tiny_model, options, force_async, **small) as engine:
+        engine.before_step = watch
+        engine.run([Ask(prompt[:2200], 2)], names="first-")
+        assert seen >= 2200 // BLOCK, "uncompacted until its prefill is complete"
+        asks = [Ask(prompt + random_prompt(random.Random(6), 500), 8), Ask(prompt[:2250], 8)]
+        engine.run([*asks, Ask(random_prompt(random.Random(7), 100), 8, arrives=2)], names="next-")
+        assert {len(engine.outputs[f"next-{i}"]) for i in range(3)} == {8}
+        hit = engine.cached_tokens["next-0"]
+        assert 1500 < hit < 2200 // BLOCK * BLOCK, "cut short, not given up"
+        assert hit % BLOCK == 0 and not engine.totals.failures
+        assert engine.used_blocks == 0
+
+
 @pytest.mark.slow
 def test_generation_outgrows_the_pool(tiny_model):
     """1,600 generated tokens in a pool of 992 slots."""

@@ -213,8 +213,11 @@ def test_shortest_span_is_the_first_that_gives_a_block_back(block_size, ratio):
 # -- a whole life in the smallest pool that startup accepts ---------------------------------------
 
 
-def live(planner, ratio, prompt, total, chunk, latency):
+def live(planner, ratio, prompt, total, chunk, latency, cached=0):
     """Serve one sequence alone: prefill in chunks, then decode; a fit takes ``latency`` steps.
+
+    So many of its first blocks as ``cached`` are in the prefix cache, and as many of them as the
+    planner allows are taken, together with the blocks of the first chunk.
 
     As the scheduler does it: blocks of a finished fit come back, then fits start, then this step's
     tokens get their blocks, or wait while a fit is under way. Running out without one would make
@@ -222,6 +225,8 @@ def live(planner, ratio, prompt, total, chunk, latency):
     """
     size, protected = planner.block_size, planner.protected_tokens
     free, computed, held, job, spans = planner.num_blocks, 0, 0, None, []
+    hit = min(cached * size, (prompt - 1) // size * size)
+    computed = min(hit, planner.longest_hit(prompt, ratio) // size * size)
     for step in range(100_000):
         if computed == total:
             return spans
@@ -229,7 +234,7 @@ def live(planner, ratio, prompt, total, chunk, latency):
             spans.append(job.span)
             free += (job.span.end - job.span.start) // size
             job = None
-        if job is None:
+        if job is None and held:
             end = spans[-1].end if spans else protected
             exact = computed - end + protected
             limit = planner.threshold.tokens
@@ -267,10 +272,35 @@ def test_peak_tokens_is_enough_alone(threshold, ratio, latency, chunk, block_siz
                 protected_tokens=block_size,
                 in_flight_tokens=in_flight,
             )
-            peak = planner.peak_tokens(ratio, total, in_flight)
+            peak = planner.peak_tokens(ratio, total)
             assert peak <= total
             pool = dataclasses.replace(planner, num_blocks=ceil_div(peak, block_size))
             live(pool, ratio, prompt, total, chunk, latency)
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("chunk", [64, 2048])
+@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("threshold", [101, 1024, 0.05, 0.8, 0.99])
+def test_a_prefix_hit_as_long_as_the_pool_leaves_room(threshold, ratio, chunk, block_size):
+    """Cached blocks are all taken at once, and the first chunk must fit beside them."""
+    served_whole = 0
+    for spare in [0, 1, 3, 10, 40]:
+        for prompt, total in [(3_000, 3_050), (1_400, 2_600)]:
+            planner = make_planner(
+                threshold,
+                block_size=block_size,
+                protected_tokens=block_size,
+                in_flight_tokens=2 * chunk,
+            )
+            blocks = ceil_div(planner.peak_tokens(ratio, total), block_size) + spare
+            pool = dataclasses.replace(planner, num_blocks=blocks)
+            for cached in (blocks, blocks - 1, blocks // 2):
+                live(pool, ratio, prompt, total, chunk, latency=2, cached=cached)
+            most = pool.longest_hit(prompt, ratio)
+            assert most % block_size == 0 or most == prompt
+            served_whole += most == prompt
+    assert served_whole, "a sequence that fits beside its compaction keeps its whole hit"
 
 
 #: Found with an earlier peak_tokens, which counted on longer spans than the planner takes, and
@@ -289,7 +319,7 @@ def test_a_prompt_far_longer_than_the_pool_is_served(case):
     planner = make_planner(
         threshold, recent_tokens=recent, max_span_tokens=longest, in_flight_tokens=chunk
     )
-    peak = planner.peak_tokens(ratio, total, chunk)
+    peak = planner.peak_tokens(ratio, total)
     assert peak < total
     pool = dataclasses.replace(planner, num_blocks=ceil_div(peak, SIZE))
     spans = live(pool, ratio, prompt, total, chunk, latency=1)
@@ -298,10 +328,10 @@ def test_a_prompt_far_longer_than_the_pool_is_served(case):
 
 
 def test_peak_is_the_whole_sequence_where_compaction_frees_nothing():
-    assert make_planner().peak_tokens(1.0, 100_000, 64) == 100_000
+    assert make_planner().peak_tokens(1.0, 100_000) == 100_000
     # At 0.99 a span gives a block back from 100 blocks on: never, if spans are shorter.
-    assert make_planner(max_span_tokens=1024).peak_tokens(0.99, 100_000, 64) == 100_000
-    assert make_planner().peak_tokens(0.1, 100_000, 64) < 20_000
+    assert make_planner(max_span_tokens=1024).peak_tokens(0.99, 100_000) == 100_000
+    assert make_planner().peak_tokens(0.1, 100_000) < 20_000
 
 
 def test_segments_are_merged_into_the_limit():

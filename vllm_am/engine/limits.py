@@ -73,9 +73,7 @@ class EngineLimits:
             planner = self.planner(0)
             if overrides.threshold_tokens is not None:
                 planner = replace(planner, threshold=Threshold(overrides.threshold_tokens))
-            tokens = planner.peak_tokens(
-                overrides.ratio or self.config.ratio, tokens, self.in_flight_tokens
-            )
+            tokens = planner.peak_tokens(overrides.ratio or self.config.ratio, tokens)
         return ceil_div(tokens, self.block_size)
 
     @property
@@ -83,9 +81,7 @@ class EngineLimits:
         """See :meth:`Planner.peak_tokens`. With an error bound a sequence may stay exact."""
         if self.config.max_error is not None:
             return self.max_model_len
-        return self.planner(0).peak_tokens(
-            self.config.ratio, self.max_model_len, self.in_flight_tokens
-        )
+        return self.planner(0).peak_tokens(self.config.ratio, self.max_model_len)
 
     @property
     def protected_tokens(self) -> int:

@@ -100,7 +100,7 @@ class Planner:
         target = max(1, self.merge_slots // self.block_size)
         return target if target < blocks else None
 
-    def peak_tokens(self, ratio: float, max_model_len: int, in_flight_tokens: int) -> int:
+    def peak_tokens(self, ratio: float, max_model_len: int) -> int:
         """Most tokens' worth of slots a sequence of ``max_model_len`` needs at any time.
 
         What the startup check on ``max_model_len`` and the admission of a request count with:
@@ -114,13 +114,33 @@ class Planner:
             return max_model_len
         due = self.protected_tokens + self.recent_tokens + shortest
         # A step with the fit and a step until its report is seen go by before blocks come back.
-        exact = max(due, self.threshold.tokens or 0) + 2 * in_flight_tokens + 2 * self.block_size
+        exact = max(due, self.threshold.tokens or 0)
+        exact += 2 * self.in_flight_tokens + 2 * self.block_size
         # The most blocks per token that any length of span is rounded up to.
         lengths = range(shortest, self.longest_span + 1, self.block_size)
         blocks = max(self.span_blocks(n, ratio) / n for n in lengths) * max_model_len
         compacted = math.ceil(blocks) * self.block_size
         target = self.span_blocks(exact, ratio) * self.block_size
         return min(max_model_len, exact + compacted + target)
+
+    def longest_hit(self, tokens: int, ratio: float) -> int:
+        """Most tokens, in whole blocks, that a sequence may take from the prefix cache.
+
+        Cached blocks are all taken at once. Those of a sequence that does not fit in the pool must
+        leave room for its next chunk and for the target of their compaction: it would wait for
+        ever for blocks that nothing but its own compaction could free.
+
+        Args:
+            tokens: all that are known of the sequence.
+            ratio: at which it is compacted.
+        """
+        beside = self.span_blocks(tokens, ratio) + 1
+        if ceil_div(tokens, self.block_size) + beside <= self.num_blocks:
+            return tokens
+        chunk = ceil_div(min(tokens, self.in_flight_tokens), self.block_size)
+        # h blocks and their target: h + ceil(ratio * h).
+        most = int((self.num_blocks - chunk - 2) / (1 + ratio))
+        return max(0, most) * self.block_size
 
     def spans(
         self, sequences: Iterable[SequenceView], free_blocks: int, coming_blocks: int = 0

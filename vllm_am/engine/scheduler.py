@@ -2,8 +2,9 @@
 
 vLLM symbols touched (subclassed, selected through ``scheduler_config.scheduler_cls``):
 ``v1.core.sched.scheduler.Scheduler`` and ``v1.core.sched.async_scheduler.AsyncScheduler``, their
-``schedule``, ``update_from_output``, ``make_stats``, ``_free_request_blocks``,
-``_request_blocks_can_be_freed``.
+``schedule``, ``update_from_output``, ``make_stats``, ``_get_local_prefix_cache_hit``,
+``_preempt_request``, ``_free_request_blocks``, ``_request_blocks_can_be_freed``; and
+``grammar_compile_error_reqs``, to which requests are added.
 
 A compaction takes three steps of the engine, in which the sequence goes on as before (with a query
 source that needs reference passes, those come first: reference_pass.py):
@@ -109,6 +110,8 @@ class SequenceOptions:
     """After a failed fit: tokens that must have been computed before it is tried again."""
     unmerged_end: int = 0
     """After a failed merge: end of its segments. It is tried again when there is another one."""
+    outgrew: int = 0
+    """How often it needed more than the whole pool because a fit had failed."""
 
 
 @dataclass
@@ -641,13 +644,58 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     # -- life and death of requests -------------------------------------------------------------
 
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        """A hit that leaves no room for the rest of the sequence is cut short."""
+        blocks, tokens, *others = super()._get_local_prefix_cache_hit(request)
+        options = self._options(request)
+        if tokens and options.enabled:
+            most = self.planner.longest_hit(request.num_tokens, options.ratio)
+            if most < tokens:
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
+                tokens = most
+        return blocks, tokens, *others
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        """Counts sequences that outgrow the pool all by themselves because a fit failed.
+
+        The pool may be smaller than ``max_model_len``, so such a sequence cannot go on. It is
+        computed anew once, as a fit may fail for a passing lack of memory; the second time it is
+        finished with an error, or it might be computed for ever.
+        """
+        options = self.compaction.options.get(request.request_id)
+        alone = all(other.request_id in self.passes for other in self.running)
+        # vLLM drops stale output where it preempts everybody, to reset the prefix cache.
+        if options is not None and options.not_before and alone and not drop_stale_output:
+            options.outgrew += 1
+            if options.outgrew > 1:
+                self._finish_unservable(request)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _finish_unservable(self, request: Request) -> None:
+        logger.error(
+            "KV compaction: request %s is finished with an error: the KV pool (%d tokens) cannot "
+            "hold its %d tokens uncompacted, and its fits failed (for the reasons logged above and "
+            "counted in vllm:kv_compaction_failures)",
+            request.request_id,
+            self.planner.num_blocks * self.planner.block_size,
+            request.num_tokens,
+        )
+        # The set that ``update_from_output`` finishes in this way, with an output for the client;
+        # requests get into it for other reasons, too.
+        self.grammar_compile_error_reqs.add(request.request_id)
+
     def _free_request_blocks(self, request: Request) -> None:
         """Finish, abort and preemption: a compaction under way ends, its blocks go back."""
         job = self.compaction.jobs.pop(request.request_id, None)
         if job is not None:
             self.query_pool.release(job.slots_read)
             self.compacting_manager.release_target(job.job_id)
-        self.compaction.options.pop(request.request_id, None)
+        options = self.compaction.options.pop(request.request_id, None)
+        if options is not None and not request.is_finished():  # it will be computed anew
+            anew = replace(options, not_before=0, unmerged_end=0)
+            self.compaction.options[request.request_id] = anew
         self.query_pool.forget([_keeper(request.request_id)])
         holding, self.compaction.hold_preemption = self.compaction.hold_preemption, False
         try:
