@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 
-def make_random_model(path: Path, max_positions: int = 65536, head_dim: int = 32) -> Path:
+def make_random_model(
+    path: Path, max_positions: int = 65536, head_dim: int = 32, kv_heads: int = 2
+) -> Path:
     """Write a small Qwen3 with random weights and a word tokenizer ("w0 w1 ...") to ``path``.
 
     Untied embeddings and a large initialisation: with vLLM's usual dummy weights (or tied
@@ -23,7 +25,7 @@ def make_random_model(path: Path, max_positions: int = 65536, head_dim: int = 32
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=8,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_positions,
         tie_word_embeddings=False,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 
 from benchmarks.page_overhead import layout, serve
 from tests.engine import driver
 from tests.engine.driver import BLOCK, Ask, random_prompt
+from tests.engine.models import make_random_model
 
 pytestmark = [pytest.mark.engine]
 
@@ -95,6 +97,27 @@ def test_identity_with_budgets_file(tiny_model):
     with driver.start(tiny_model, options) as engine:
         assert engine.run([ask]) == stock
         assert engine.totals.compactions == 1
+
+
+@pytest.mark.slow
+def test_more_ranks_than_kv_heads(tmp_path):
+    """Both ranks hold the only KV head of each layer, and both give it that head's share."""
+    model = make_random_model(tmp_path / "one", kv_heads=1)
+    asks = [Ask(random_prompt(random.Random(i), 500), 20) for i in range(2)]
+    budgets = {"L0H0": 5.0, "L1H0": 1.0, "L2H0": 0.0}
+    case = {
+        "model": str(model),
+        "asks": [asdict(ask) for ask in asks],
+        "options": {"tensor_parallel_size": 2},
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    }
+    with driver.start(model) as engine:
+        stock = engine.run(asks)
+    for ratio in (1.0, 0.25):
+        options = {"ratio": ratio, "threshold": 256, "recent_tokens": 16, "budgets": budgets}
+        result = driver.run_case({**case, "kv_compaction": options})
+        assert result["compactions"] == 2 and not result["failures"]
+        assert (result["outputs"] == stock) == (ratio == 1)
 
 
 def test_budgets_of_another_model_are_refused(tiny_model):
