@@ -34,11 +34,13 @@ def plot_results(folder: Path) -> None:
 
 
 def plot_memory_bound(path: Path) -> None:
-    """Both engines' throughput against the size of the pool, beside the CSV file."""
+    """Throughput of stock and of each threshold against the size of the pool, beside the CSV."""
     rows = _read(path)
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        lines[row["engine"]].append((float(row["pool, contexts"]), float(row["tokens/s"])))
+        threshold = row["threshold"] and f", threshold {row['threshold']}"
+        point = float(row["pool, contexts"]), float(row["tokens/s"])
+        lines[row["engine"] + threshold].append(point)
     plot_lines(
         path.with_suffix(".png"),
         f"{rows[0]['requests']} requests of {int(rows[0]['prompt tokens']):,} tokens",
