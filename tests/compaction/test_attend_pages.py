@@ -1,6 +1,7 @@
 """Attention over the pages of a batch against attention over what they hold."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from vllm_am.compaction import attend_pages as module
 from vllm_am.compaction.attend import attend, causal_mask
 from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
 from vllm_am.compaction.pages import PagedKV
+from vllm_am.kernels.attend_pages import MOST_NEW, PageAttention, library
 
 LAYERS, BLOCKS, BLOCK = 2, 40, 4
 
@@ -77,33 +79,49 @@ CASES = {
 }
 
 
+def attend_all(queries, kv, rows, layer, scale, kernel):
+    """Of a batch, by the compiled kernel or by its reference."""
+    out = torch.full_like(queries, torch.nan)
+    if kernel:
+        PageAttention(rows, kv, queries.shape[1])(queries, out, layer, scale=scale)
+        return out
+    for each in group_rows(rows, kv):
+        out[each.queries] = attend_pages(queries[each.queries], kv, each, layer, scale=scale)
+    return out
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"])
+def kernel(request):
+    if request.param and library() is None:
+        pytest.skip("no compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("dim", [8, 20])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_attention_over_what_is_held(case, group, monkeypatch):
+def test_equals_attention_over_what_is_held(case, group, dim, kernel, monkeypatch):
     random.seed(len(case))
     torch.manual_seed(0)
     monkeypatch.setattr(module, "QUERY_CHUNK", 4)
-    heads, dim, scale = 2, 8, 0.3
+    heads, scale = 2, 0.3
     kv = make_cache(heads, dim)
     rows = make_rows(kv, *CASES[case])
     queries = torch.randn(sum(CASES[case][1]), heads * group, dim)
     for layer in range(LAYERS):
-        out = torch.full_like(queries, torch.nan)
-        for each in group_rows(rows, kv):
-            out[each.queries] = attend_pages(queries[each.queries], kv, each, layer, scale=scale)
+        out = attend_all(queries, kv, rows, layer, scale, kernel)
         for row in rows:
             wanted = expected(queries, kv, row, layer, scale)
             torch.testing.assert_close(out[row.first : row.last], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compacted", [None, 2])
-def test_what_others_left_behind_is_not_seen(compacted):
+def test_what_others_left_behind_is_not_seen(compacted, kernel):
     """Behind the last token of a block lies what was there before: not-a-number, at worst."""
     kv = make_cache(2, 8)
     rows = make_rows(kv, [9, 2], [1, 1], [compacted, compacted])
     queries = torch.randn(2, 4, 8)
-    (group,) = group_rows(rows, kv) if compacted else [module.PagedRows.of(rows, kv)]
-    clean = attend_pages(queries, kv, group, 0, scale=0.3)
+    clean = attend_all(queries, kv, rows, 0, 0.3, kernel)
     mine = torch.cat([kv.block_pages(row.blocks).flatten() for row in rows])
     others = torch.ones(len(kv.pages), dtype=torch.bool)
     others[mine] = False
@@ -115,18 +133,78 @@ def test_what_others_left_behind_is_not_seen(compacted):
         kv.pages[kv.block_pages(row.blocks)[:, -1], row.live_tokens % BLOCK :] = torch.nan
     kv.pages[others] = torch.nan
     kv.bias[others] = torch.nan
-    assert torch.equal(attend_pages(queries, kv, group, 0, scale=0.3), clean)
+    assert torch.equal(attend_all(queries, kv, rows, 0, 0.3, kernel), clean)
 
 
-def test_half_precision_keeps_the_bias_in_float32():
+def test_what_is_not_a_number_is_not_hidden(kernel):
+    kv = make_cache(2, 8)
+    rows = make_rows(kv, [9, 9], [1, 1], [None, None])
+    kv.pages[kv.block_pages(rows[0].blocks)[0, 1], 2, 0] = torch.nan  # a key of head 0
+    out = attend_all(torch.randn(2, 4, 8), kv, rows, 0, 0.3, kernel)
+    assert out[0, :2].isnan().all()
+    assert out[0, 2:].isfinite().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_long_sequences_in_parts(dim, dtype, kernel, monkeypatch):
+    """Many pages to a head, cut into parts that threads share; scores of any size."""
+    monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 400)
+    random.seed(dim)
+    torch.manual_seed(dim)
+    kv = make_cache(2, dim, dtype)
+    rows = make_rows(kv, [700, 3, 130, 1], [2, 1, 8, 1], [30, None, 90, 4])
+    queries = (4 * torch.randn(12, 8, dim)).to(dtype)
+    wide = PagedKV(kv.pages.float(), kv.bias, kv.layer_bases, kv.block_stride, kv.num_kv_heads)
+    out = attend_all(queries, kv, rows, 1, 0.5, kernel)
+    # Scores reach 100, whose float32 rounding is 1e-5 and goes through e^x.
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for row in rows:
+        wanted = expected(queries.float(), wide, row, 1, 0.5)
+        mine = out[row.first : row.last].float()
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_half_precision_keeps_the_bias_in_float32(kernel):
     kv = make_cache(2, 8, torch.bfloat16)
     rows = make_rows(kv, [9], [1], [2])
     queries = torch.randn(1, 4, 8).bfloat16()
-    (group,) = group_rows(rows, kv)
-    out = attend_pages(queries, kv, group, 0, scale=0.3)
+    out = attend_all(queries, kv, rows, 0, 0.3, kernel)
     wide = PagedKV(kv.pages.float(), kv.bias, kv.layer_bases, kv.block_stride, kv.num_kv_heads)
     wanted = expected(queries.float(), wide, rows[0], 0, 0.3)
     assert torch.equal(out, wanted.bfloat16())
+
+
+def test_what_the_compiled_kernel_takes(monkeypatch):
+    kv, half = make_cache(2, 8), make_cache(2, 8, torch.float16)
+    few, many = (PagedRow(0, new, torch.arange(20), 70, None) for new in (MOST_NEW, MOST_NEW + 1))
+    assert PageAttention.takes(few, kv) == (library() is not None)
+    assert not PageAttention.takes(many, kv), "a prefill chunk: matrix products"
+    assert not PageAttention.takes(few, half), "torch knows how"
+
+
+@pytest.mark.parametrize("broken", ["off", "no compiler", "an error", "no place"])
+def test_plain_torch_where_nothing_can_be_compiled(broken, monkeypatch, tmp_path, caplog):
+    library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if broken == "off":
+        monkeypatch.setenv("VLLM_AM_NATIVE", "off")
+    elif broken == "no place":
+        tmp_path.joinpath("vllm-am").touch()
+    else:
+        compiler = tmp_path / "compiler"
+        if broken == "an error":
+            compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo no AVX >&2; exit 1; }\n')
+            compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+    try:
+        assert library() is None
+        assert not PageAttention.takes(PagedRow(0, 1, torch.arange(1), 1, None), make_cache(2, 8))
+    finally:
+        library.cache_clear()
+    said = caplog.text
+    assert ("plain torch" in said) == (broken != "off")
+    assert ("no AVX" in said) == (broken == "an error")
 
 
 def test_groups_waste_little_and_stay_small(monkeypatch):

@@ -1,4 +1,4 @@
-"""Attention over partly compacted sequences on the CPU: the plain-torch backend.
+"""Attention over partly compacted sequences on the CPU.
 
 vLLM symbols touched: ``v1.attention.backends.cpu_attn`` (subclassed), registered as the ``CUSTOM``
 backend. vLLM's own CPU kernel packs keys in a tile order of its own, which neither the fit nor a
@@ -27,13 +27,18 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_am.compaction.attend_pages import PagedRow, PagedRows, attend_pages, group_rows
 from vllm_am.engine.capabilities import PlainLayer
 from vllm_am.engine.worker_state import CompactedSequence, WorkerState, worker_state
+from vllm_am.kernels.attend_pages import PageAttention
+from vllm_am.kernels.attend_pages import library as compiled_kernel
 
 
 @dataclass(frozen=True)
 class CompactionMetadata:
     """Attention metadata of one batch, shared by all layers."""
 
+    pages: PageAttention | None
+    """The rows that the kernel attends to."""
     groups: list[PagedRows]
+    """The others."""
     state: WorkerState
     capture_rows: torch.Tensor
     """int64 [n]: query rows of the batch that are kept as reference queries."""
@@ -49,6 +54,10 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.block_size: int = kv_cache_spec.block_size
+        self.query_heads = vllm_config.model_config.get_num_attention_heads(
+            vllm_config.parallel_config
+        )
+        compiled_kernel()  # now, and not while the first request waits
 
     def build(
         self,
@@ -75,8 +84,11 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
                 captured.append(torch.from_numpy(sample.offsets) + first)
                 slots.append(torch.from_numpy(sample.slots))
         empty = torch.empty(0, dtype=torch.int64)
+        few = [row for row in rows if PageAttention.takes(row, state.kv)]
+        others = [row for row in rows if not PageAttention.takes(row, state.kv)]
         return CompactionMetadata(
-            groups=list(group_rows(rows, state.kv)),
+            pages=PageAttention(few, state.kv, self.query_heads) if few else None,
+            groups=list(group_rows(others, state.kv)),
             state=state,
             capture_rows=torch.cat([*captured, empty]),
             capture_slots=torch.cat([*slots, empty]),
@@ -143,6 +155,8 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
             state.queries[layer.layer_name][metadata.capture_slots] = query[metadata.capture_rows]
             state.fit_on_policy(layer.layer_name)
         index = state.layer_indices[layer.layer_name]
+        if metadata.pages is not None:
+            metadata.pages(query, out, index, scale=self.scale)
         for rows in metadata.groups:
             out[rows.queries] = attend_pages(
                 query[rows.queries], state.kv, rows, index, scale=self.scale

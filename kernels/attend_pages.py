@@ -1,0 +1,188 @@
+"""Attention over pages on the CPU: csrc/attend_pages.cpp, compiled by the machine's own compiler.
+
+Its plain-torch reference is ``vllm_am/compaction/attend_pages.py``, which also does the work where
+there is no compiler (vLLM's CPU build needs one for torch.compile), for other dtypes than float32
+and bfloat16, and for prefill chunks, which are matrix products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_am.compaction.attend_pages import PagedRow
+from vllm_am.compaction.pages import PagedKV
+from vllm_am.kernels.native import SOURCES
+
+logger = logging.getLogger(__name__)
+
+#: Rows with more new tokens than this are attended to faster as matrix products.
+MOST_NEW = 8
+
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+#: By torch's name of what this CPU can do.
+VECTOR_FLAGS = {
+    "AVX512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+FUNCTIONS = {torch.float32: "attend_pages_float32", torch.bfloat16: "attend_pages_bfloat16"}
+
+
+class _Batch(ctypes.Structure):
+    """``Batch`` of csrc/attend_pages.cpp."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("block_size", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("fresh", ctypes.c_void_p),
+        ("live_tokens", ctypes.c_void_p),
+        ("blocks_from", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("compacted", ctypes.c_void_p),
+        ("width", ctypes.c_void_p),
+    )
+
+
+class PageAttention:
+    """The rows of a batch with few new tokens, and what they attend to; the same in all layers."""
+
+    def __init__(self, rows: Sequence[PagedRow], kv: PagedKV, query_heads: int) -> None:
+        self.kv = kv
+        lists = [None if row.compacted is None else row.compacted.contiguous() for row in rows]
+        counts = torch.tensor([0, *(len(row.blocks) for row in rows)])
+        # Whatever the C++ code reads has to outlive the calls.
+        self._held = [
+            torch.tensor([row.first for row in rows]),
+            torch.tensor([row.new for row in rows]),
+            torch.tensor([row.live_tokens for row in rows]),
+            counts.cumsum(0),
+            torch.cat([row.blocks for row in rows]),
+            torch.tensor([0 if pages is None else pages.data_ptr() for pages in lists]),
+            torch.tensor([0 if pages is None else pages.shape[1] for pages in lists]),
+        ]
+        self._lists = lists
+        self._batch = _Batch(
+            kv.pages.data_ptr(),
+            kv.bias.data_ptr(),
+            kv.block_size,
+            kv.pages.shape[2] // 2,
+            kv.num_kv_heads,
+            query_heads // kv.num_kv_heads,
+            kv.block_stride,
+            len(rows),
+            *(tensor.data_ptr() for tensor in self._held),
+        )
+
+    @staticmethod
+    def takes(row: PagedRow, kv: PagedKV) -> bool:
+        """Whether a row is for the kernel, and the kernel is there."""
+        return row.new <= MOST_NEW and kv.pages.dtype in FUNCTIONS and library() is not None
+
+    def __call__(self, queries: Tensor, out: Tensor, layer: int, *, scale: float) -> None:
+        """Attention of all its rows.
+
+        Args:
+            queries: [tokens, query heads, D] of the whole batch, in the dtype of the pages.
+            out: like ``queries``, written at the rows.
+            layer: index of the layer.
+            scale: factor on the scores; the bias is added after it.
+        """
+        compiled = library()
+        assert compiled is not None
+        for tensor in (queries, out):
+            assert tensor.dtype == self.kv.pages.dtype
+            assert tensor.stride()[1:] == (tensor.shape[2], 1)
+        getattr(compiled, FUNCTIONS[queries.dtype])(
+            ctypes.byref(self._batch),
+            queries.data_ptr(),
+            queries.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            layer,
+            self.kv.layer_bases[layer],
+            scale,
+        )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, or None: ``VLLM_AM_NATIVE=off``, or it does not compile here."""
+    if os.environ.get("VLLM_AM_NATIVE") == "off":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        logger.warning("attention on the CPU: no g++ (or $CXX), plain torch takes its place")
+        return None
+    try:
+        compiled = ctypes.CDLL(str(_compile(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.warning("attention on the CPU: plain torch, as this does not compile: %s", reason)
+        return None
+    for name in FUNCTIONS.values():
+        function = getattr(compiled, name)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        function.argtypes = (
+            *(pointer, pointer, number, pointer, number, number, number),
+            ctypes.c_float,
+        )
+        function.restype = None
+    return compiled
+
+
+def _compile(compiler: str) -> Path:
+    """Into the user's cache, by all that the result depends on.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: no place to write to, or no working compiler.
+    """
+    source = SOURCES / "attend_pages.cpp"
+    flags = [*FLAGS, *VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    identity = b"\0".join([source.read_bytes(), " ".join(flags).encode(), version])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-am"
+    target = cache / f"attend_pages-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Workers may come here together: each compiles a file of its own, and the last one stays.
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder, target.name)
+            command = [compiler, *flags, str(source), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            built.replace(target)
+    return target
