@@ -24,6 +24,9 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 // Fewest pages worth a part of their own.
 constexpr int64_t kLeastPages = 8;
 
+// Bytes that the CPU fetches at once.
+constexpr int64_t kLine = 64;
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -122,10 +125,11 @@ void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t
           : batch.compacted[part.row] + (layer * batch.heads + part.head) * batch.width[part.row];
 
   static thread_local std::vector<float> scratch;
-  scratch.resize(count * (dim + size) + dim);
+  scratch.resize(count * (dim + size) + (size * 2 + 1) * dim);
   float* const q = scratch.data();  // [count, dim]
   float* const weights = q + count * dim;  // [count, size]: scores, then e^score
-  float* const entry = weights + count * size;  // [dim]
+  float* const page_floats = weights + count * size;  // [size, 2 * dim]
+  float* const spare = page_floats + size * 2 * dim;  // [dim]
   for (int64_t i = 0; i < count; ++i) {
     const T* from = queries + (batch.first[part.row] + i / group) * query_stride +
                     (part.head * group + i % group) * dim;
@@ -135,30 +139,42 @@ void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t
     std::fill(record + 1, record + dim + 2, 0.f);
   }
 
+  const auto id_of = [&](int64_t page) {
+    return page < live_pages ? layer_base + blocks[page] * batch.block_stride + part.head
+                             : more[page - live_pages];
+  };
+  const T* const all = static_cast<const T*>(batch.pages);
+
   for (int64_t page = part.from; page < part.to; ++page) {
     const bool live = page < live_pages;
-    const int64_t id = live ? layer_base + blocks[page] * batch.block_stride + part.head
-                            : more[page - live_pages];
-    const T* const entries = static_cast<const T*>(batch.pages) + id * size * 2 * dim;
+    const int64_t id = id_of(page);
+    const T* const entries = all + id * size * 2 * dim;
+    const T* const next = all + id_of(std::min(page + 1, part.to - 1)) * size * 2 * dim;
     const float* const bias = live ? nullptr : batch.bias + id * size;
     // Slots behind the newest token are not the sequence's.
     const int64_t slots = live ? std::min(size, live_tokens - page * size) : size;
-    for (int64_t s = 0; s < slots; ++s) {
-      if (bias != nullptr && bias[s] == kNone) {
-        for (int64_t i = 0; i < count; ++i) weights[i * size + s] = kNone;
-        continue;
-      }
-      const float* const key = floats(entries + s * 2 * dim, entry, dim);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* const query = q + i * dim;
+    const float* const rows = floats(entries, page_floats, slots * 2 * dim);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const query = q + i * dim;
+      for (int64_t s = 0; s < slots; ++s) {
+        const float* const key = rows + s * 2 * dim;
+        if (i == 0) {  // pages lie anywhere: the CPU cannot guess the next one
+          for (int64_t d = 0; d < 2 * dim; d += kLine / sizeof(T)) {
+            __builtin_prefetch(next + s * 2 * dim + d);
+          }
+        }
         float score = 0;
 #pragma omp simd reduction(+ : score)
         for (int64_t d = 0; d < dim; ++d) score += query[d] * key[d];
-        weights[i * size + s] = bias == nullptr ? score : score + bias[s];
+        weights[i * size + s] = score;
       }
     }
     for (int64_t i = 0; i < count; ++i) {
       float* const w = weights + i * size;
+      if (bias != nullptr) {
+        // A slot that is not used may hold anything.
+        for (int64_t s = 0; s < slots; ++s) w[s] = bias[s] == kNone ? kNone : w[s] + bias[s];
+      }
       if (live) {  // a token does not see those after it
         const int64_t seen = live_tokens - fresh + i / group + 1 - page * size;
         for (int64_t s = std::max<int64_t>(0, seen); s < slots; ++s) w[s] = kNone;
@@ -183,16 +199,19 @@ void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t
       }
       record[1] += mass;
     }
-    for (int64_t s = 0; s < slots; ++s) {
-      if (bias != nullptr && bias[s] == kNone) continue;
-      const float* const value = floats(entries + s * 2 * dim + dim, entry, dim);
-      for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* const total = result + i * (dim + 2) + 2;
+      float registers[kDim != 0 ? kDim : 1];
+      float* const sum = kDim != 0 ? registers : spare;
+      std::copy(total, total + dim, sum);
+      for (int64_t s = 0; s < slots; ++s) {
         const float weight = weights[i * size + s];
-        float* const sum = result + i * (dim + 2) + 2;
-        if (weight == 0.f) continue;
+        if (weight == 0.f) continue;  // what it weighs may be no number
+        const float* const value = rows + s * 2 * dim + dim;
 #pragma omp simd
         for (int64_t d = 0; d < dim; ++d) sum[d] += weight * value[d];
       }
+      std::copy(sum, sum + dim, total);
     }
   }
 }
