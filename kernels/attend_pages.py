@@ -175,7 +175,7 @@ def _compile(compiler: str) -> Path:
     flags = [*FLAGS, *VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
     identity = b"\0".join([source.read_bytes(), " ".join(flags).encode(), version])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-am"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vllm-am")
     target = cache / f"attend_pages-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)

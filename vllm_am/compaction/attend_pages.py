@@ -1,4 +1,7 @@
-"""Attention of several sequences over their pages, in plain torch: what the CPU backend runs.
+"""Attention of several sequences over their pages, in plain torch.
+
+The reference of the compiled kernel (``kernels/attend_pages.py``), and what the CPU backend runs
+where that does not: in prefill chunks, in float16, without a compiler.
 
 A sequence sees its live tokens and its compacted slots, which have a bias. The keys and values of
 all sequences of a batch are gathered in one operation and attended in another: with a call per
