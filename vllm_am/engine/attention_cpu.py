@@ -71,21 +71,21 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         starts: list[int] = common.query_start_loc_cpu.tolist()
         lengths: list[int] = common.seq_lens.tolist()
         ids = state.row_request_ids(common.req_idx, common.num_reqs)
-        rows, captured, slots = [], [], []
+        few: list[PagedRow] = []
+        others: list[PagedRow] = []
+        captured, slots = [], []
         for index, request_id in enumerate(ids):
             first, last = starts[index], starts[index + 1]
             if last <= first:
                 continue
             sequence = state.sequences.get(request_id or "")
-            rows.append(
-                self._row(first, last, common.block_table_tensor[index], lengths[index], sequence)
-            )
+            table = common.block_table_tensor[index]
+            row = self._row(first, last, table, lengths[index], sequence)
+            (few if PageAttention.takes(row, state.kv) else others).append(row)
             if state.step and (sample := state.step.samples.get(request_id or "")):
                 captured.append(torch.from_numpy(sample.offsets) + first)
                 slots.append(torch.from_numpy(sample.slots))
         empty = torch.empty(0, dtype=torch.int64)
-        few = [row for row in rows if PageAttention.takes(row, state.kv)]
-        others = [row for row in rows if not PageAttention.takes(row, state.kv)]
         return CompactionMetadata(
             pages=PageAttention(few, state.kv, self.query_heads) if few else None,
             groups=list(group_rows(others, state.kv)),
