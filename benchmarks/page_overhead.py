@@ -199,7 +199,7 @@ class Held:
 
 def look(engine: driver.Engine) -> Held:
     """What is held for the one sequence of the engine, between two of its steps."""
-    manager, state = engine.scheduler.compacting_manager, engine.worker._compaction
+    manager, state = engine.scheduler.compaction.blocks, engine.worker._compaction
     ((name, request),) = engine.scheduler.requests.items()
     segments = manager.segments(name)
     sequence = state.sequences.get(name)
@@ -241,7 +241,7 @@ def blocks_of_any_size() -> Iterator[None]:
     """
     from vllm.v1.attention.backend import MultipleOf
 
-    from vllm_am.engine.attention_cpu import CompactionCPUBackend
+    from vllm_am.engine.worker.attention_cpu import CompactionCPUBackend
 
     inherited = CompactionCPUBackend.get_supported_kernel_block_sizes
     CompactionCPUBackend.get_supported_kernel_block_sizes = staticmethod(

@@ -106,7 +106,7 @@ def _serve(case: EngineCase) -> EngineResult:
             engine.step()
             most_running = max(most_running, len(scheduler.running))
         seconds = time.perf_counter() - start
-    totals = scheduler.compaction.totals if case.kv_compaction is not None else None
+    totals = scheduler.compaction.journal.totals if case.kv_compaction is not None else None
     return EngineResult(
         seconds=seconds,
         output_tokens_per_second=case.requests * case.output_tokens / seconds,

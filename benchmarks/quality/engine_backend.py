@@ -138,7 +138,7 @@ def _at_ratio(llm: Any, ratio: float | list[float] | None, job: Mapping[str, Any
 
     from benchmarks.quality.forced_decoding import FORCED_TOKENS
 
-    totals = llm.llm_engine.engine_core.engine_core.scheduler.compaction.totals
+    totals = llm.llm_engine.engine_core.engine_core.scheduler.compaction.journal.totals
     before = asdict(totals)
     conversations = job["conversations"]
     each = ratio if isinstance(ratio, list) else [ratio] * len(conversations)
@@ -207,7 +207,7 @@ def _generate(
         for request in scheduler.running:
             if request.request_id in scheduler.passes:
                 continue
-            segments = scheduler.compacting_manager.segments(request.request_id)
+            segments = scheduler.compaction.blocks.segments(request.request_id)
             tokens = sum(segment.end - segment.start for segment in segments)
             blocks = sum(len(segment.block_ids) for segment in segments)
             # The engine appends something random to the names of requests.
@@ -216,7 +216,7 @@ def _generate(
                 request.num_computed_tokens >= request.sampling_params.extra_args[PROMPT_TOKENS]
             )
             if in_rounds and complete:
-                scheduler.compaction.options[request.request_id].enabled = False
+                scheduler.compaction.sequences.known[request.request_id].enabled = False
         finished |= {output.request_id: output for output in engine.step() if output.finished}
     return [finished[name] for name in freed], list(freed.values())
 

@@ -1,4 +1,4 @@
-"""Fixtures of the engine tests: the tiny model, and what stock vLLM answers."""
+"""Fixtures of the engine tests: what stock vLLM answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.engine import driver
-from tests.engine.models import make_random_model
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 whose outputs depend on the whole context."""
-    return make_random_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import torch
 from vllm.v1.attention.backends import flash_attn
 
-from vllm_am.engine import activate
+from vllm_am.engine import classes
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
@@ -94,7 +94,7 @@ flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
 flash_attn.reshape_and_cache_flash = reshape_and_cache_flash
 flash_attn.get_flash_attn_version = lambda **_: 2
 # The backend is chosen by worker class: the CPU's worker, the GPU's backend.
-activate.PLATFORM_CLASSES[CPU_WORKER] = dataclasses.replace(
-    activate.PLATFORM_CLASSES[CPU_WORKER],
-    attention_backend=activate.PLATFORM_CLASSES[GPU_WORKER].attention_backend,
+classes.PLATFORM_CLASSES[CPU_WORKER] = dataclasses.replace(
+    classes.PLATFORM_CLASSES[CPU_WORKER],
+    attention_backend=classes.PLATFORM_CLASSES[GPU_WORKER].attention_backend,
 )

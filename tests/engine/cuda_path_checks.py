@@ -25,10 +25,11 @@ from vllm.v1.attention.backends import flash_attn
 from tests.engine.models import make_random_model
 from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
 from vllm_am.compaction.pages import PagedKV
-from vllm_am.engine import attention_cuda, live_batch, worker_state
 from vllm_am.engine.messages import CompactionStep, QuerySample
 from vllm_am.engine.spec import CompactableAttentionSpec
-from vllm_am.engine.worker_state import CompactedSequence, WorkerState
+from vllm_am.engine.worker import attention_cuda, live_batch
+from vllm_am.engine.worker import state as worker_state
+from vllm_am.engine.worker.state import CompactedSequence, WorkerState
 
 BLOCK = 16
 KV_HEADS = 2
@@ -470,7 +471,7 @@ def test_warm_up_changes_nothing(world):
 @pytest.fixture
 def worker(vllm_config: Any) -> Any:
     """Our GPU worker without a GPU: only what its own methods look at."""
-    from vllm_am.engine.worker_cuda import CompactionCUDAWorker
+    from vllm_am.engine.worker.worker_cuda import CompactionCUDAWorker
 
     worker = object.__new__(CompactionCUDAWorker)
     worker.vllm_config = vllm_config

@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def totals(self) -> Any:
-        return self.scheduler.compaction.totals
+        return self.scheduler.compaction.journal.totals
 
     @property
     def worker(self) -> Any:

@@ -78,7 +78,7 @@ def _fit_error(reason):
 def test_museum_13_failed_fit_leaves_the_sequence_exact(
     tiny_model, stock, monkeypatch, reason, inject
 ):
-    from vllm_am.engine import fitting
+    from vllm_am.engine.worker import fitting
 
     with driver.start(tiny_model, OPTIONS) as engine:
         inject(fitting, monkeypatch)
@@ -95,7 +95,7 @@ def test_museum_13_failed_fit_leaves_the_sequence_exact(
 def test_one_failing_layer_and_request_do_not_touch_the_others(tiny_model, monkeypatch):
     """Only the second request's fit fails, only in its last layer: the others compact as ever."""
     from vllm_am.compaction import FitError
-    from vllm_am.engine import fitting
+    from vllm_am.engine.worker import fitting
 
     with driver.start(tiny_model, OPTIONS) as engine:
         healthy = engine.run(_asks())
@@ -149,7 +149,7 @@ def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
     with driver.start(tiny_model, OPTIONS) as engine:
         healthy = engine.run(asks)
     with driver.start(tiny_model, OPTIONS) as engine:
-        from vllm_am.engine import fitting
+        from vllm_am.engine.worker import fitting
 
         original = fitting.read_pages
         state = engine.worker._compaction
@@ -196,10 +196,11 @@ def test_what_never_fits_is_finished_with_an_error(
     ]
     with driver.start(tiny_model) as engine:
         stock = engine.run(asks)
-    from vllm_am.engine import fitting, scheduler
+    from vllm_am.engine.scheduler import journal
+    from vllm_am.engine.worker import fitting
 
     errors = []
-    monkeypatch.setattr(scheduler.logger, "error", lambda message, *args: errors.append(message))
+    monkeypatch.setattr(journal.logger, "error", lambda message, *args: errors.append(message))
     options = {**OPTIONS, "ratio": 0.1, "threshold": 320}
     with driver.start(tiny_model, options, force_async, **SMALL_POOL) as engine:
         assert len(engine.run(asks[:1])["0"]) == answer, "it fits where fits succeed"
@@ -211,13 +212,13 @@ def test_what_never_fits_is_finished_with_an_error(
         assert engine.finish_reasons == {"0": "error", "1": "length", "2": "length"}
         assert outputs["0"] == stock["0"][: len(outputs["0"])]
         assert {k: outputs[k] for k in "12"} == {k: stock[k] for k in "12"}
-        assert engine.used_blocks == 0 and not engine.scheduler.compaction.options
+        assert engine.used_blocks == 0 and not engine.scheduler.compaction.sequences.known
     assert len(errors) == 1 and "is finished with an error" in errors[0]
 
 
 def test_passing_failure_is_outlived_by_computing_anew(tiny_model, monkeypatch):
     """Fits that fail only the first time round, as for a passing lack of memory."""
-    from vllm_am.engine import fitting
+    from vllm_am.engine.worker import fitting
 
     ask = Ask(random_prompt(random.Random(0), 1300), 8)
     original = fitting.compact

@@ -32,7 +32,7 @@ def test_compacted_part_stays_bounded(tiny_model, budgets):
 
     def watch(engine, step):
         nonlocal most
-        manager = engine.scheduler.compacting_manager
+        manager = engine.scheduler.compaction.blocks
         for request in engine.scheduler.running:
             segments = manager.segments(request.request_id)
             slots = sum(s.slots for s in segments)
@@ -49,21 +49,24 @@ def test_compacted_part_stays_bounded(tiny_model, budgets):
     with driver.start(
         tiny_model, {**MERGING, "budgets": budgets}, max_model_len=6000, **SMALL_STEPS
     ) as engine:
-        issue = engine.scheduler._issue_slices
+        issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             for fit in issue():
                 slices.append(fit)
                 yield fit
 
-        engine.scheduler._issue_slices = spy
+        engine.scheduler.compaction.jobs.slices = spy
         engine.before_step = watch
         outputs = engine.run([Ask(random_prompt(random.Random(3), 5000), 300)])
         assert len(outputs["0"]) == 300
         totals = engine.totals
         assert not totals.failures
         assert totals.merges >= 5 and totals.compactions > totals.merges
-        assert engine.used_blocks == 0 and engine.scheduler.query_pool.named_owners() == set()
+        assert (
+            engine.used_blocks == 0
+            and engine.scheduler.compaction.query_pool.named_owners() == set()
+        )
     assert 1 in counts and max(counts) >= 3
     segment = max(s.segment.slots for s in slices if not s.merges)
     assert LIMIT < most <= LIMIT + segment
@@ -117,7 +120,7 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
     """It is tried again only when there is another segment, and nothing is lost or changed."""
     from vllm_am.compaction import FitError
     from vllm_am.compaction.pages import read_segments
-    from vllm_am.engine import fitting
+    from vllm_am.engine.worker import fitting
 
     compact, before, unchanged = fitting.compact, {}, []
 
@@ -129,12 +132,12 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
     monkeypatch.setattr(fitting, "compact", fails_on_merges)
     with driver.start(tiny_model, MERGING, max_model_len=6000, **SMALL_STEPS) as engine:
         scheduler, state = engine.scheduler, engine.worker._compaction
-        run, give_up = state.fitting.run, scheduler._give_up
+        run, give_up = state.fitting.run, scheduler.compaction.failures.give_up
 
         def held(request_id):
             """The segments, and what their pages hold."""
             pages = state.sequences[request_id].padded
-            segments = scheduler.compacting_manager.segments(request_id)
+            segments = scheduler.compaction.blocks.segments(request_id)
             return segments, pages, *read_segments(state.kv, pages)
 
         def spy_run(fit, source_pages):
@@ -142,12 +145,12 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
                 before[fit.job_id] = held(fit.request_id)
             return run(fit, source_pages)
 
-        def spy_give_up(job, reason):
+        def spy_give_up(job, report):
             (segments, *then), (left, *now) = before[job.job_id], held(job.request.request_id)
             unchanged.append(segments == left and all(map(torch.equal, then, now)))
-            give_up(job, reason)
+            give_up(job, report)
 
-        state.fitting.run, scheduler._give_up = spy_run, spy_give_up
+        state.fitting.run, scheduler.compaction.failures.give_up = spy_run, spy_give_up
         outputs = engine.run([Ask(random_prompt(random.Random(5), 5000), 30)])
         assert len(outputs["0"]) == 30
         assert engine.totals.merges == 0 and engine.totals.compactions >= 4
@@ -185,7 +188,7 @@ def test_accounting_under_fuzz(tiny_model, force_async, queries):
 
     def preempt(engine, step):
         nonlocal preempted
-        merging = any(job.merges for job in engine.scheduler.compaction.jobs.values())
+        merging = any(job.merges for job in engine.scheduler.compaction.jobs.running.values())
         if merging and preempted < 2 and step > 25:
             preempted += 1
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -204,8 +207,8 @@ def test_accounting_under_fuzz(tiny_model, force_async, queries):
         scheduler, state = engine.scheduler, engine.worker._compaction
         assert engine.totals.merges > 20 and not engine.totals.failures
         assert engine.used_blocks == 0 and not state.sequences and not state.fitting.running
-        assert not scheduler.compaction.jobs and not scheduler.compaction.options
-        assert not scheduler.query_pool.named_owners()
+        assert not scheduler.compaction.jobs.running and not scheduler.compaction.sequences.known
+        assert not scheduler.compaction.query_pool.named_owners()
     assert preempted == 2
     finished = {i for i, ask in enumerate(asks) if ask.aborted is None}
     assert all(len(outputs[str(i)]) == asks[i].max_tokens for i in finished)

@@ -54,8 +54,8 @@ def test_queries_come_through_the_layers_compacted_before(tiny_model, budgets):
     """What each layer was fitted on is what arrives there once the sequence *is* compacted: in one
     pass the same as after one pass for each layer. Off-policy that is so in the first layer only.
     """
-    from vllm_am.engine.planner import Span
-    from vllm_am.engine.reference_pass import Study
+    from vllm_am.engine.scheduler.planner import Span
+    from vllm_am.engine.scheduler.study import Study
 
     off_policy, on_policy, again = [], [], []
     with driver.start(tiny_model, {**REPEAT, "budgets": budgets}) as engine:
@@ -80,13 +80,13 @@ def test_queries_come_through_the_layers_compacted_before(tiny_model, budgets):
             nonlocal read_again
             if engine.totals.compactions and not read_again:
                 (parent,) = scheduler.running
-                (segment,) = scheduler.compacting_manager.segments(parent.request_id)
+                (segment,) = scheduler.compaction.blocks.segments(parent.request_id)
                 span = Span(parent.request_id, segment.start, segment.end, segment.slots)
                 study = scheduler.studies[parent.request_id] = Study(parent, span, 0, deque())
                 read_again = start_pass(study, plans[0])
             for study in scheduler.studies.values():
                 if read_again and not study.running and not again:
-                    slots = scheduler.query_pool.slots(study.owners["repeat-prefill"])
+                    slots = scheduler.compaction.query_pool.slots(study.owners["repeat-prefill"])
                     pool = worker._compaction.queries.values()
                     again.extend(layer[slots].clone() for layer in pool)
 
@@ -140,8 +140,8 @@ def test_without_room_in_one_step_the_fit_comes_behind_the_passes(tiny_model):
 def test_a_failure_leaves_everybody_exact(tiny_model, monkeypatch, kind):
     """In the middle of a forward pass that also computes another sequence's next token."""
     from vllm_am.compaction import FitError
-    from vllm_am.engine import fitting
     from vllm_am.engine.messages import INTERNAL_ERROR
+    from vllm_am.engine.worker import fitting
 
     asks = [Ask(PROMPT, 30), Ask(random_prompt(random.Random(4), 50), 40)]
     with driver.start(tiny_model) as engine:

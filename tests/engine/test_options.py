@@ -55,14 +55,14 @@ def _served(model, options):
     asks = [Ask(random_prompt(random.Random(i), 1400), 20) for i in range(2)]
     with driver.start(model, options, num_gpu_blocks_override=161) as engine:
         slices = []
-        issue = engine.scheduler._issue_slices
+        issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             for fit in issue():
                 slices.append((fit.segment, fit.part, fit.parts, len(fit.query_slots)))
                 yield fit
 
-        engine.scheduler._issue_slices = spy
+        engine.scheduler.compaction.jobs.slices = spy
         outputs = engine.run(asks)
         positions = len(next(iter(engine.worker._compaction.queries.values())))
         return slices, engine.totals.output_errors, outputs, positions

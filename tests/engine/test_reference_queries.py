@@ -53,7 +53,7 @@ def _watch_fits(engine):
 
         return spy
 
-    engine.scheduler._issue_slices = watch(engine.scheduler._issue_slices)
+    engine.scheduler.compaction.jobs.slices = watch(engine.scheduler.compaction.jobs.slices)
     engine.scheduler._fits_on_policy = watch(engine.scheduler._fits_on_policy)
     return fits
 
@@ -75,7 +75,10 @@ def test_identity_equals_stock(tiny_model, long_answers, source, force_async):
         assert len(engine.totals.output_errors) == engine.totals.compactions >= len(asks)
         assert not engine.totals.failures and not engine.totals.reference_shortfalls
         assert engine.used_blocks == 0
-        assert not engine.scheduler.studies and not engine.scheduler.query_pool.named_owners()
+        assert (
+            not engine.scheduler.studies
+            and not engine.scheduler.compaction.query_pool.named_owners()
+        )
         assert not engine.worker._compaction.sequences
         computed = engine.totals.reference_tokens + engine.scheduler.reference_tokens
     assert (computed > 0) == (source != "random")
@@ -113,7 +116,7 @@ def test_queries_are_those_of_the_text_behind_the_context(tiny_model):
     kept: dict[str, list[torch.Tensor]] = {}
 
     def collect(engine, name):
-        issue = engine.scheduler._issue_slices
+        issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             for fit in issue():
@@ -121,7 +124,7 @@ def test_queries_are_those_of_the_text_behind_the_context(tiny_model):
                 kept.setdefault(name, [layer[fit.query_slots].clone() for layer in pool])
                 yield fit
 
-        engine.scheduler._issue_slices = spy
+        engine.scheduler.compaction.jobs.slices = spy
 
     exact = {**IDENTITY, "query_pool_share": 1.0}
     passes = {"queries": "repeat-prefill", "reference_prompts": {"repeat-prefill": [instruction]}}
@@ -149,15 +152,17 @@ def test_mixture_keeps_its_fractions_and_the_cap(tiny_model):
     }
     with driver.start(tiny_model, options) as engine:
         found = []
-        reference_slots = engine.scheduler._reference_slots
+        queries = engine.scheduler.compaction.queries
+        choose = queries.choose
 
-        def spy(span, passes=()):
-            slots = set(reference_slots(span, passes).tolist())
-            context = slots & set(engine.scheduler._context_slots(span).tolist())
+        def spy(span, *args, **kwargs):
+            chosen = choose(span, *args, **kwargs)
+            slots = set(chosen.slots.tolist())
+            context = slots & set(queries._context(span).tolist())
             found.append((len(slots), len(context)))
-            return reference_slots(span, passes)
+            return chosen
 
-        engine.scheduler._reference_slots = spy
+        queries.choose = spy
         engine.run([Ask(random_prompt(random.Random(1), 400), 12)])
         assert engine.totals.compactions == 1
     positions, context = found[0]
@@ -179,7 +184,7 @@ def test_slices_of_one_fit_read_the_same_queries(tiny_model):
         fits = _watch_fits(engine)
         engine.run(asks)
         assert engine.totals.compactions == 4 and not engine.totals.failures
-        pool = engine.scheduler.query_pool
+        pool = engine.scheduler.compaction.query_pool
         assert pool.capacity == 256, "less than two sequences leave there"
     slots = {}
     for request_id, _, _, found, _ in fits:
@@ -215,7 +220,7 @@ def test_passes_end_with_their_parent(tiny_model, kind):
         assert engine.used_blocks == 0
         scheduler = engine.scheduler
         assert not scheduler.passes and not scheduler.studies and not scheduler.requests
-        assert not scheduler.query_pool.named_owners()
+        assert not scheduler.compaction.query_pool.named_owners()
     assert seen == 2 * len(asks)
 
 
@@ -373,7 +378,7 @@ def test_accounting_under_fuzz(tiny_model, force_async, on_policy):
         assert not all(fits), "some find no room for it"
         assert engine.used_blocks == 0
         assert not scheduler.passes and not scheduler.studies and not scheduler.requests
-        assert not scheduler.query_pool.named_owners()
+        assert not scheduler.compaction.query_pool.named_owners()
         assert not engine.worker._compaction.sequences
         scheduler.check_compaction()
     finished = {i for i, a in enumerate(asks) if a.aborted is None}

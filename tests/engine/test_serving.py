@@ -113,14 +113,15 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
     sampled = []
 
     with driver.start(tiny_model, QUARTER) as engine:
-        reference_slots = engine.scheduler._reference_slots
+        queries = engine.scheduler.compaction.queries
+        choose = queries.choose
 
-        def spy(span, passes=()):
-            slots = reference_slots(span, passes)
-            sampled.append(len(slots))
-            return slots
+        def spy(*args, **kwargs):
+            chosen = choose(*args, **kwargs)
+            sampled.append(len(chosen.slots))
+            return chosen
 
-        engine.scheduler._reference_slots = spy
+        queries.choose = spy
         engine.run(asks)
         assert engine.totals.compactions == 2
         assert engine.cached_tokens["1"] == 640
@@ -149,8 +150,8 @@ def test_block_counts_with_a_shared_prefix(tiny_model, copies):
             held = _blocks(request.num_computed_tokens)
             if not held:
                 continue
-            segments = engine.scheduler.compacting_manager.segments(request.request_id)
-            fitting = request.request_id in engine.scheduler.compaction.jobs
+            segments = engine.scheduler.compaction.blocks.segments(request.request_id)
+            fitting = request.request_id in engine.scheduler.compaction.jobs.running
             shared = (span + BLOCK) // BLOCK  # blocks of the prefix that full hits share
             exact_prefix = max(exact_prefix, 1 if segments else shared)
             private += held - shared + target * (bool(segments) + fitting)
@@ -281,7 +282,7 @@ def test_museum_5_long_prompt_in_small_chunks(tiny_model):
         max_model_len=3200,
         max_num_batched_tokens=96,
     ) as engine:
-        manager = engine.scheduler.compacting_manager
+        manager = engine.scheduler.compaction.blocks
         commit = manager.commit
 
         def spy(job_id, request_id, segment):
@@ -306,7 +307,7 @@ def test_prompt_that_fits_waits_for_its_question(tiny_model):
 
         def watch(engine, step):
             for request in engine.scheduler.running:
-                job = engine.scheduler.compaction.jobs.get(request.request_id)
+                job = engine.scheduler.compaction.jobs.running.get(request.request_id)
                 progress.append((request.num_computed_tokens, job is not None))
 
         engine.before_step = watch
@@ -330,17 +331,17 @@ def test_museum_4_state_ends_with_the_request(tiny_model, kind):
             def preempt(engine, step):
                 nonlocal preempted
                 if step == 10:
-                    assert len(engine.scheduler.compacting_manager.compacted) == 4
+                    assert len(engine.scheduler.compaction.blocks.compacted) == 4
                     # vLLM's own way to throw every running request out, and resume it.
                     engine.scheduler.reset_prefix_cache(reset_running_requests=True)
-                    assert not engine.scheduler.compacting_manager.compacted
+                    assert not engine.scheduler.compaction.blocks.compacted
                     assert engine.used_blocks == 0
                     preempted = engine.totals.compactions
 
             engine.before_step = preempt
         outputs = engine.run(asks)
         assert engine.used_blocks == 0
-        assert not engine.scheduler.compacting_manager.compacted
+        assert not engine.scheduler.compaction.blocks.compacted
         assert not engine.worker._compaction.sequences
         if kind == "preempt":
             # Compacted again as they came back; nothing negative, nothing lost.
@@ -367,7 +368,7 @@ def test_preempted_in_identity_mode_equals_stock(tiny_model):
 
         def spy(request, *args, **kwargs):
             nonlocal preemptions
-            preemptions += request.request_id in engine.scheduler.compacting_manager.compacted
+            preemptions += request.request_id in engine.scheduler.compaction.blocks.compacted
             return original(request, *args, **kwargs)
 
         engine.scheduler._preempt_request = spy
@@ -400,8 +401,8 @@ def test_pool_share_compacts_instead_of_preempting(tiny_model):
     assert serve(None, 97)[0] > 0
     preemptions, compaction = serve(options, 97)
     assert preemptions == 0
-    assert compaction.totals.compactions > 0
-    assert serve(options, 513)[1].totals.compactions == 0
+    assert compaction.journal.totals.compactions > 0
+    assert serve(options, 513)[1].journal.totals.compactions == 0
 
 
 @pytest.mark.slow
@@ -440,7 +441,10 @@ def test_accounting_under_fuzz(tiny_model, force_async):
             not engine.worker._compaction.sequences
             and not engine.worker._compaction.fitting.running
         )
-        assert not engine.scheduler.compaction.jobs and not engine.scheduler.compaction.options
+        assert (
+            not engine.scheduler.compaction.jobs.running
+            and not engine.scheduler.compaction.sequences.known
+        )
         engine.scheduler.check_compaction()
     finished = {i for i, a in enumerate(asks) if a.aborted is None}
     assert all(len(outputs[str(i)]) == asks[i].max_tokens for i in finished)
@@ -452,14 +456,14 @@ def test_long_fit_is_spread_over_steps(tiny_model):
     asks = [Ask(random_prompt(random.Random(9), 900), 40)]
     with driver.start(tiny_model, {**QUARTER, "layer_tokens_per_step": 900}) as engine:
         slices = []
-        issue = engine.scheduler._issue_slices
+        issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             found = list(issue())
             slices.extend((f.part, f.parts) for f in found)
             return iter(found)
 
-        engine.scheduler._issue_slices = spy
+        engine.scheduler.compaction.jobs.slices = spy
         sliced = engine.run(asks)["0"]
         # Three layers are measured for their budgets, then fitted.
         assert slices == [(part, 6) for part in range(6)]
@@ -476,5 +480,5 @@ def test_prompts_read_in_one_step_all_have_queries(tiny_model):
     asks = [Ask(random_prompt(random.Random(i), 400), 24) for i in range(8)]
     with driver.start(tiny_model, options, max_num_batched_tokens=2048) as engine:
         engine.run(asks)
-        assert engine.scheduler.query_pool.capacity == 512, "of two"
+        assert engine.scheduler.compaction.query_pool.capacity == 512, "of two"
         assert engine.totals.compactions == len(asks) and not engine.totals.failures

@@ -1,28 +1,18 @@
-"""The vLLM layer: all contact with vLLM's internals. Written for vLLM 0.32.
+"""The vLLM layer: one room for each of the processes in which vLLM runs compaction.
 
-=================== ====================================================== =======================
-file                vLLM symbol                                            how
-=================== ====================================================== =======================
-plugin.py           ``vllm.general_plugins`` entry point                   extension point
-flags.py            ``EngineArgs.add_cli_args``, ``.from_cli_args``        wrapped, always
-activate.py         ``EngineArgs.create_engine_config``                    wrapped, always
-activate.py         attention backend ``CUSTOM``                           extension point, when on
-activate.py         ``CpuPlatform.get_attn_backend_cls``                   wrapped, when on
-scheduler.py        ``Scheduler``, ``AsyncScheduler``                      subclassed, when on
-reference_pass.py   ``Scheduler`` (what scheduler.py builds on)            subclassed, when on
-reference_prompts   ``cached_tokenizer_from_config``                       called, when on
-worker.py           ``CPUWorker``, ``Worker`` (worker_cpu.py, _cuda.py)    subclassed, when on
-spec.py             ``FullAttentionSpec``, ``FullAttentionManager``        registered, when on
-attention_cpu.py    ``CPUAttentionBackend`` and its impl                   subclassed, when on
-attention_cuda.py   ``FlashAttentionBackend``, its builder and impl        subclassed, when on
-live_batch.py       reads ``CommonAttentionMetadata`` only                 --
-metrics.py          ``StatLoggerManager.__init__``, ``.record``            wrapped, when on
-request_params.py   ``InputProcessor.process_inputs``                      wrapped, when on
-rotary.py           ``RotaryEmbeddingBase``, its table of angles           read, when on
-capabilities.py     reads ``VllmConfig`` and the platform only             --
-=================== ====================================================== =======================
+=============  =====================================================================================
+``frontend/``  API servers, and whatever configures an engine: flags, refusals, request options,
+               metrics
+``scheduler/`` the engine core: what is compacted when, from which queries; who owns which block
+``worker/``    one per rank, where the tensors are: fit, write pages, attend
+=============  =====================================================================================
 
-Each file says why it touches its symbol and when that can go. No vLLM here: planner.py (when to
-compact), query_sources.py (what reference passes read, what makes up a mixture), query_pool.py
-(which queries are kept), messages.py (what scheduler and workers say).
+The rooms never import each other. What two of them need stands here, between them: ``messages.py``
+(scheduler and workers), ``stats.py`` (scheduler to front end), ``limits.py`` and ``footprint.py``
+(numbers that all must agree on), ``spec.py`` (the cache spec: made by workers, read by the engine
+core), ``capabilities.py`` (what is refused). Two files know the rooms: ``plugin.py``, which vLLM
+calls in every process, and ``classes.py``, which tells vLLM the names of our classes.
+``tests/engine/test_rooms.py`` holds all of this.
+
+Every vLLM symbol that is touched, how, where and why: ``contacts.py``.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vllm.config import VllmConfig
 
 from vllm_am.config import CONFIG_KEY, CompactionConfig, RequestOverrides, Threshold
-from vllm_am.engine.planner import Planner, ceil_div
+from vllm_am.engine.footprint import Footprint, ceil_div
 
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
@@ -52,36 +52,35 @@ class EngineLimits:
             in_flight_tokens=vllm_config.max_in_flight_tokens,
         )
 
-    def planner(self, num_blocks: int) -> Planner:
-        """The policy for a pool of ``num_blocks`` usable blocks."""
-        return Planner(
+    @property
+    def footprint(self) -> Footprint:
+        """What a sequence needs that is compacted by these options."""
+        return Footprint(
             threshold=self.threshold,
             block_size=self.block_size,
-            num_blocks=num_blocks,
             recent_tokens=self.config.recent_tokens,
             min_span_tokens=self.config.min_span_tokens,
             max_span_tokens=self.config.max_span_tokens,
             protected_tokens=self.protected_tokens,
             in_flight_tokens=self.in_flight_tokens,
-            merge_slots=self.config.merge_slots,
         )
 
     def blocks_needed(self, overrides: RequestOverrides, tokens: int) -> int:
         """Blocks that a sequence of ``tokens`` needs at its peak, compacted as it asks to be."""
         tokens = min(tokens, self.max_model_len)
         if overrides.enabled and self.config.max_error is None:
-            planner = self.planner(0)
+            footprint = self.footprint
             if overrides.threshold_tokens is not None:
-                planner = replace(planner, threshold=Threshold(overrides.threshold_tokens))
-            tokens = planner.peak_tokens(overrides.ratio or self.config.ratio, tokens)
+                footprint = replace(footprint, threshold=Threshold(overrides.threshold_tokens))
+            tokens = footprint.peak_tokens(overrides.ratio or self.config.ratio, tokens)
         return ceil_div(tokens, self.block_size)
 
     @property
     def peak_tokens(self) -> int:
-        """See :meth:`Planner.peak_tokens`. With an error bound a sequence may stay exact."""
+        """See :meth:`Footprint.peak_tokens`. With an error bound a sequence may stay exact."""
         if self.config.max_error is not None:
             return self.max_model_len
-        return self.planner(0).peak_tokens(self.config.ratio, self.max_model_len)
+        return self.footprint.peak_tokens(self.config.ratio, self.max_model_len)
 
     @property
     def protected_tokens(self) -> int:

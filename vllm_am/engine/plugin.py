@@ -12,7 +12,7 @@ def register() -> None:
     if hasattr(EngineArgs, "_kv_compaction_installed"):
         return
     EngineArgs._kv_compaction_installed = True
-    from vllm_am.engine import activate, flags
+    from vllm_am.engine.frontend import activate, flags
 
     flags.install()
     activate.install()

@@ -1,0 +1,103 @@
+"""Per-request options are checked where a request enters, so that a mistake is an HTTP 400."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.config.test_config import BAD_REQUESTS
+from vllm_am.config import CONFIG_KEY, RequestOverrides
+
+
+@pytest.fixture
+def validate(plugin, wrap):
+    """The wrapped method on a fake front end; vLLM's own part answers with what it was given."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_am.engine.frontend import request_params
+
+    def stock(self, request_id, prompt, params, supported_tasks):
+        return SimpleNamespace(
+            prompt_token_ids=prompt, sampling_params=params, seen=(request_id, supported_tasks)
+        )
+
+    wrap(request_params.install, InputProcessor, process_inputs=stock)
+
+    def call(extra_args, additional_config=None):
+        if additional_config is None:
+            additional_config = {CONFIG_KEY: {}}
+        config = SimpleNamespace(
+            additional_config=additional_config,
+            cache_config=SimpleNamespace(num_gpu_blocks=None),
+        )
+        params = SimpleNamespace(extra_args=extra_args, max_tokens=4)
+        request = InputProcessor.process_inputs(
+            SimpleNamespace(vllm_config=config), "r1", [5, 6], params, ("generate",)
+        )
+        assert request.sampling_params is params
+        assert request.seen == ("r1", ("generate",))
+
+    return call
+
+
+@pytest.mark.parametrize(("extra", "field"), BAD_REQUESTS, ids=lambda v: str(v))
+def test_invalid_value_is_the_callers_error_and_names_the_field(validate, extra, field):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError) as error:
+        validate(extra)
+    assert error.value.parameter == field
+    assert field in str(error.value)
+    assert error.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [None, {}, {"kv_compaction": "off"}, {"kv_compaction_ratio": "5x"}, {"another_plugin": []}],
+    ids=repr,
+)
+def test_valid_request_reaches_vllm_unchanged(validate, extra):
+    validate(extra)
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"mine": 1}, {CONFIG_KEY: None}], ids=repr)
+def test_engine_without_compaction_is_not_checked(validate, additional_config):
+    validate({"kv_compaction": "maybe"}, additional_config)
+
+
+@pytest.fixture
+def small_pool(engine_config):
+    """A finished configuration whose pool holds 1,024 tokens beside the null block."""
+    config = engine_config(
+        {"ratio": 0.1, "threshold": 256}, max_model_len=8192, max_num_batched_tokens=128
+    )
+    block = config.cache_config.block_size
+    config.cache_config.num_gpu_blocks = 1024 // block + 1
+    return config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "field"),
+    [
+        (RequestOverrides(), 8192, None),
+        (RequestOverrides(enabled=False), 1024, None),
+        (RequestOverrides(enabled=False), 1025, "kv_compaction"),
+        (RequestOverrides(ratio=0.5), 900, None),
+        (RequestOverrides(ratio=0.5), 8000, "kv_compaction_ratio"),
+        (RequestOverrides(threshold_tokens=6000), 8000, "kv_compaction_threshold"),
+    ],
+    ids=lambda v: repr(v) if not isinstance(v, RequestOverrides) else "",
+)
+def test_options_that_outgrow_the_pool_are_refused(small_pool, overrides, tokens, field):
+    """Else the request would be preempted and computed again for ever."""
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_am.engine.frontend.request_params import check_capacity
+
+    if field is None:
+        check_capacity(small_pool, overrides, tokens)
+        return
+    with pytest.raises(VLLMValidationError, match="KV blocks") as error:
+        check_capacity(small_pool, overrides, tokens)
+    assert error.value.parameter == field

@@ -1,0 +1,67 @@
+"""What a sequence needs of the pool. That it is enough: scheduler/test_planner.py."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_am.config import Threshold
+from vllm_am.engine.footprint import Footprint, slots_for
+
+
+def make_footprint(threshold: int | float = 512, **changes) -> Footprint:
+    """A threshold in tokens (int) or as a share of the pool (float)."""
+    by_tokens = isinstance(threshold, int)
+    options = {
+        "threshold": Threshold(tokens=threshold) if by_tokens else Threshold(pool_share=threshold),
+        "block_size": 16,
+        "recent_tokens": 64,
+        "min_span_tokens": 256,
+        "max_span_tokens": 16384,
+        "protected_tokens": 16,
+        "in_flight_tokens": 64,
+        **changes,
+    }
+    return Footprint(**options)
+
+
+ratios = st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0]) | st.floats(0.01, 1.0)
+
+
+@given(tokens=st.integers(1, 200_000), ratio=ratios)
+def test_slots_are_never_more_than_the_tokens_nor_none(tokens, ratio):
+    assert 1 <= slots_for(tokens, ratio) <= tokens
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    ["0.01", "0.02", "1/30", "0.05", "0.07", "0.1", "0.3", "1/3", "0.6", "0.9", "0.99", "1"],
+)
+def test_slots_are_the_exact_ceiling(ratio):
+    exact = Fraction(ratio)
+    lengths = [*range(1, 3000), *range(16, 131073, 1616), 99_999, 131_072]
+    wrong = [t for t in lengths if slots_for(t, float(exact)) != math.ceil(exact * t)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.5, 2 / 3, 0.75, 0.9, 0.95, 0.99])
+def test_shortest_span_is_the_first_that_gives_a_block_back(block_size, ratio):
+    footprint = make_footprint(
+        0.5, block_size=block_size, min_span_tokens=1, max_span_tokens=1 << 20
+    )
+    shortest = footprint.shortest_span(ratio)
+    frees = [k for k in range(1, 400) if footprint.span_blocks(k * block_size, ratio) < k]
+    assert shortest == frees[0] * block_size
+    assert frees == list(range(frees[0], 400))
+
+
+def test_peak_is_the_whole_sequence_where_compaction_frees_nothing():
+    assert make_footprint().peak_tokens(1.0, 100_000) == 100_000
+    # At 0.99 a span gives a block back from 100 blocks on: never, if spans are shorter.
+    assert make_footprint(max_span_tokens=1024).peak_tokens(0.99, 100_000) == 100_000
+    assert make_footprint().peak_tokens(0.1, 100_000) < 20_000

@@ -1,0 +1,39 @@
+"""The options of KV compaction: one object for an engine, one for a request.
+
+Filled from the command line (:mod:`vllm_am.engine.frontend.flags`), from
+``LLM(additional_config={"kv_compaction": {...}})`` or from a request's ``vllm_xargs``, validated
+once, then passed around as a whole. Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+from vllm_am.config.budgets import BUDGETS, parse_budgets
+from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.options import CompactionConfig
+from vllm_am.config.queries import PASS_SOURCES, QUERY_SOURCES, STARTERS
+from vllm_am.config.ratio_threshold import (
+    DEFAULT_THRESHOLD_TOKENS,
+    Threshold,
+    parse_ratio,
+    parse_threshold,
+)
+from vllm_am.config.request import RequestOverrides
+
+#: Key of the options inside vLLM's ``additional_config``.
+CONFIG_KEY = "kv_compaction"
+
+__all__ = [
+    "BUDGETS",
+    "CONFIG_KEY",
+    "DEFAULT_THRESHOLD_TOKENS",
+    "PASS_SOURCES",
+    "QUERY_SOURCES",
+    "STARTERS",
+    "CompactionConfig",
+    "CompactionConfigError",
+    "RequestOverrides",
+    "Threshold",
+    "parse_budgets",
+    "parse_ratio",
+    "parse_threshold",
+]

@@ -1,0 +1,279 @@
+"""Every option of an engine with compaction, its default, its bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vllm_am.compaction import METHODS
+from vllm_am.config.budgets import parse_budgets
+from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.queries import (
+    PASS_SOURCES,
+    STARTERS,
+    parse_queries,
+    parse_reference_prompts,
+)
+from vllm_am.config.ratio_threshold import (
+    DEFAULT_THRESHOLD_TOKENS,
+    Threshold,
+    parse_ratio,
+    parse_threshold,
+)
+
+
+@dataclass(frozen=True)
+class CompactionConfig:
+    """Options of KV compaction. Units and defaults are documented in the README's table."""
+
+    ratio: float = 0.1
+    """Fraction of the keys of a compacted span that is kept, per KV head; in (0, 1]."""
+    threshold: int | str | None = None
+    """Tokens per sequence, or ``"80%"`` of the KV pool; None: :data:`DEFAULT_THRESHOLD_TOKENS`."""
+    method: str = "highest-attention"
+    """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
+    budgets: str | dict[str, float] = "global"
+    """How the pages of a span are divided among all heads: ``"uniform"``, ``"global"`` (by their
+    share of the highest attention scores of the sequence), or shares by head."""
+    reference_queries: int = 8192
+    """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
+    queries: str | dict[str, float] = "context-rotated"
+    """Where reference queries come from: one of :data:`QUERY_SOURCES`, or fractions of them."""
+    instruction: str = "Repeat the previous context verbatim."
+    """What ``repeat-prefill`` puts between the context and its repetition."""
+    starters: tuple[str, ...] = STARTERS
+    """What ``self-study`` asks the model to write about the context."""
+    self_study_tokens: int = 256
+    """Most tokens that the model writes for each starter."""
+    prompts_file: str | None = None
+    """Text file of the questions of ``prompts``: what users typically ask, one per line."""
+    prompts_tokens: int = 32
+    """Most tokens that the model answers to each of the ``prompts``."""
+    pass_tokens: int = 2048
+    """Most tokens that one reference pass reads; longer texts are repeated in several passes."""
+    on_policy: bool = False
+    """Each layer is compacted in the middle of a forward pass of the reference texts, from the
+    queries that arrive there through the layers compacted before it."""
+    reference_prompts: dict[str, list[list[int]]] | None = None
+    """Token ids of what passes read, by source; None: encoded at startup from the texts above."""
+    query_pool_share: float = 1 / 32
+    """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
+    heldout_share: float = 1 / 8
+    """Share of the reference queries that is kept out of the fit, to measure its error on."""
+    max_error: float | None = None
+    """Highest held-out output error of a compaction, mean over heads; a fit above it is thrown away
+    and tried with twice the slots, until nothing would be saved. None: no bound."""
+    recent_tokens: int = 64
+    """The most recent tokens of a sequence, which stay exact."""
+    protected_tokens: int = 4
+    """The first tokens of a sequence, which stay exact (attention sinks); whole blocks."""
+    min_span_tokens: int = 256
+    """Shortest span worth compacting when the threshold is a share of the pool."""
+    max_span_tokens: int = 16384
+    """Longest span fitted as one problem; longer ones become several segments."""
+    merge_slots: int | None = None
+    """Once the compacted part of a sequence has more slots per head (on average) than this, its
+    segments are merged into one of as many, in whole blocks. None: never."""
+    layer_tokens_per_step: int = 65536
+    """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> CompactionConfig:
+        """Validate and normalise user options.
+
+        Raises:
+            CompactionConfigError: unknown option, wrong type, or a value out of range.
+        """
+        if not isinstance(options, Mapping):
+            raise CompactionConfigError(
+                f"--kv-compaction-config: expected an object of options such as "
+                f'{{"ratio": 0.1}}, got {options!r}'
+            )
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise CompactionConfigError(
+                f"--kv-compaction-config: unknown option {unknown[0]!r}; "
+                f"the options are {', '.join(sorted(known))}"
+            )
+        values: dict[str, Any] = dict(options)
+        if "ratio" in values:
+            values["ratio"] = parse_ratio(values["ratio"])
+        if values.get("threshold") is not None:
+            tokens = parse_threshold(values["threshold"]).tokens
+            values["threshold"] = str(values["threshold"]).strip() if tokens is None else tokens
+        if "budgets" in values:
+            values["budgets"] = parse_budgets(values["budgets"])
+        if "queries" in values:
+            values["queries"] = parse_queries(values["queries"])
+        if values.get("reference_prompts") is not None:
+            values["reference_prompts"] = parse_reference_prompts(values["reference_prompts"])
+        if isinstance(values.get("starters"), list):
+            values["starters"] = tuple(values["starters"])
+        config = cls(**values)
+        config._validate()
+        return config
+
+    def _validate(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise CompactionConfigError(
+                f"--kv-compaction-config method={self.method!r}: the methods are "
+                f"{', '.join(sorted(METHODS))}"
+            )
+        whole = {
+            "reference_queries": 1,
+            "self_study_tokens": 1,
+            "prompts_tokens": 1,
+            "pass_tokens": 64,
+            "recent_tokens": 1,
+            "protected_tokens": 0,
+            "min_span_tokens": 1,
+            "max_span_tokens": 1,
+            "layer_tokens_per_step": 1,
+        }
+        if self.merge_slots is not None:
+            whole["merge_slots"] = 1
+        for name, least in whole.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={value!r}: expected a whole number >= {least}"
+                )
+        for name, low, high in (("query_pool_share", 0.0, 1.0), ("heldout_share", 0.0, 0.5)):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not low <= value <= high
+            ):
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={value!r}: expected a number in "
+                    f"[{low:g}, {high:g}]"
+                )
+        bound = self.max_error
+        if bound is not None and (
+            not isinstance(bound, int | float)
+            or isinstance(bound, bool)
+            or not 0 < bound < math.inf
+        ):
+            raise CompactionConfigError(
+                f"--kv-compaction-config max_error={bound!r}: expected a relative error > 0 "
+                "such as 0.3, or null for no bound"
+            )
+        if self.min_span_tokens > self.max_span_tokens:
+            raise CompactionConfigError(
+                f"--kv-compaction-config min_span_tokens={self.min_span_tokens}: must not exceed "
+                f"max_span_tokens={self.max_span_tokens}"
+            )
+        self._validate_queries()
+
+    def _validate_queries(self) -> None:
+        """The texts of the query sources, and that each is of use."""
+        if not isinstance(self.instruction, str) or not self.instruction.strip():
+            raise CompactionConfigError(
+                f"--kv-compaction-config instruction={self.instruction!r}: expected some text"
+            )
+        starters = self.starters
+        if (
+            not isinstance(starters, tuple)
+            or not starters
+            or not all(isinstance(text, str) and text.strip() for text in starters)
+        ):
+            raise CompactionConfigError(
+                f"--kv-compaction-config starters={starters!r}: expected a list of texts"
+            )
+        if self.prompts_file is not None and (
+            not isinstance(self.prompts_file, str) or not self.prompts_file
+        ):
+            raise CompactionConfigError(
+                f"--kv-compaction-config prompts_file={self.prompts_file!r}: expected the path of "
+                "a text file with one typical question per line"
+            )
+        asked, given = self.query_fractions, self.reference_prompts or {}
+        if "prompts" in asked and self.prompts_file is None and "prompts" not in given:
+            raise CompactionConfigError(
+                f"--kv-compaction-config queries={self.queries!r}: prompts needs prompts_file, a "
+                "text file with one typical question per line"
+            )
+        if self.prompts_file is not None and "prompts" not in asked:
+            raise CompactionConfigError(
+                f"--kv-compaction-config prompts_file={self.prompts_file!r}: has no effect "
+                'without queries "prompts" (or a mixture with it); add that'
+            )
+        if not isinstance(self.on_policy, bool):
+            raise CompactionConfigError(
+                f"--kv-compaction-config on_policy={self.on_policy!r}: expected true or false"
+            )
+        if self.on_policy and not self.pass_fraction:
+            raise CompactionConfigError(
+                f"--kv-compaction-config on_policy={self.on_policy!r}: has no effect without a "
+                f"query source that reads texts ({', '.join(PASS_SOURCES)}); queries is "
+                f"{self.queries!r}"
+            )
+        if unused := sorted(set(given) - set(asked)):
+            raise CompactionConfigError(
+                f"--kv-compaction-config reference_prompts={self.reference_prompts!r}: "
+                f"{unused[0]} has no effect, queries is {self.queries!r}"
+            )
+
+    @property
+    def query_fractions(self) -> dict[str, float]:
+        """The sources of reference queries with their fractions, which sum to 1."""
+        return {self.queries: 1.0} if isinstance(self.queries, str) else self.queries
+
+    @property
+    def rotates_context(self) -> bool:
+        """Whether the context's own queries are rotated behind it: unless named as captured."""
+        return "context-prefill" not in self.query_fractions
+
+    @property
+    def pass_fraction(self) -> float:
+        """The share of the reference queries that comes from passes."""
+        return sum(f for source, f in self.query_fractions.items() if source in PASS_SOURCES)
+
+    def check_heads(self, layers: int, kv_heads: int) -> None:
+        """The heads of a budgets file are the model's.
+
+        Raises:
+            CompactionConfigError: naming the first head that the model does not have.
+        """
+        if isinstance(self.budgets, str):
+            return
+        for key in self.budgets:
+            layer, head = map(int, key[1:].split("H"))
+            if layer >= layers or head >= kv_heads:
+                raise CompactionConfigError(
+                    f"--kv-compaction-config budgets: {key} does not exist in this model of "
+                    f"{layers} layers x {kv_heads} KV heads; use a budgets file made for it"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, accepted by :meth:`from_dict`; what travels to every vLLM process."""
+        return asdict(self)
+
+    def resolve_threshold(self, max_model_len: int, block_size: int) -> Threshold:
+        """The threshold for this model.
+
+        Raises:
+            CompactionConfigError: a threshold at which no sequence could ever be compacted, or
+                below what stays exact anyway.
+        """
+        if self.threshold is None:
+            return Threshold(tokens=min(DEFAULT_THRESHOLD_TOKENS, max(1, max_model_len // 2)))
+        threshold = parse_threshold(self.threshold)
+        if threshold.tokens is not None:
+            if threshold.tokens >= max_model_len:
+                raise CompactionConfigError(
+                    f"--kv-compaction-threshold={threshold.tokens}: not below --max-model-len "
+                    f"({max_model_len}), so no sequence would ever be compacted; lower it"
+                )
+            exact = self.recent_tokens + self.protected_tokens + 2 * block_size
+            if threshold.tokens < exact:
+                raise CompactionConfigError(
+                    f"--kv-compaction-threshold={threshold.tokens}: below the {exact} tokens that "
+                    f"stay exact (recent_tokens + protected_tokens + two blocks of {block_size}); "
+                    f"raise it, or lower recent_tokens in --kv-compaction-config"
+                )
+        return threshold

@@ -1,0 +1,96 @@
+"""Turning compaction on for one engine: check, choose vLLM's classes, say so.
+
+vLLM symbols touched: ``engine.arg_utils.EngineArgs.create_engine_config`` is wrapped; with the
+option absent it is called and nothing else happens. Why: it is the one place where every way to
+start an engine meets a finished ``VllmConfig``. It can go when vLLM's config classes accept
+plugin sections with a validation hook.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_am.config import CONFIG_KEY, CompactionConfig
+from vllm_am.engine import capabilities
+from vllm_am.engine.classes import (
+    PLATFORM_CLASSES,
+    SCHEDULERS,
+    install_backend,
+    platform_classes,
+)
+from vllm_am.engine.frontend import metrics, request_params
+from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
+from vllm_am.engine.limits import EngineLimits
+
+logger = init_logger("vllm.kv_compaction")
+
+
+def activate(vllm_config: VllmConfig) -> None:
+    """Choose our scheduler and worker on a finished configuration.
+
+    Raises:
+        UnsupportedByCompaction, CompactionConfigError: naming the flag and the fix.
+    """
+    capabilities.check(vllm_config)
+    worker_cls = vllm_config.parallel_config.worker_cls
+    classes = PLATFORM_CLASSES.get(worker_cls)
+    if classes is None:
+        raise capabilities.UnsupportedByCompaction(
+            f"--kv-compaction does not support --worker-cls {worker_cls} yet: drop it"
+        )
+    encode_reference_prompts(vllm_config)
+    limits = EngineLimits.from_vllm_config(vllm_config)
+    # A plain scheduler under async scheduling would be wrong, and vLLM does not check.
+    async_scheduling = bool(vllm_config.scheduler_config.async_scheduling)
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[async_scheduling]
+    vllm_config.parallel_config.worker_cls = classes.worker
+    install_backend(classes.attention_backend)
+    metrics.install()
+    request_params.install()
+    model = vllm_config.model_config
+    logger.info(
+        "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
+        "%d layers x %d KV heads, last %d and first %d tokens stay exact",
+        limits.config.method,
+        limits.config.ratio,
+        1 / limits.config.ratio,
+        limits.threshold,
+        model.get_total_num_hidden_layers()
+        if hasattr(model, "get_total_num_hidden_layers")
+        else limits.num_layers * vllm_config.parallel_config.pipeline_parallel_size,
+        model.get_total_num_kv_heads(),
+        limits.config.recent_tokens,
+        limits.protected_tokens,
+    )
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.create_engine_config``."""
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        options = (self.additional_config or {}).get(CONFIG_KEY)
+        if options is None:
+            return original(self, *args, **kwargs)
+        config = CompactionConfig.from_dict(options)
+        self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_dict()}
+        if self.attention_backend not in (None, "CUSTOM", AttentionBackendEnum.CUSTOM):
+            raise capabilities.UnsupportedByCompaction(
+                f"--attention-backend {self.attention_backend} cannot read compacted sequences: "
+                "drop it, --kv-compaction brings its own attention backend"
+            )
+        capabilities.check_platform()
+        self.attention_backend = AttentionBackendEnum.CUSTOM
+        install_backend(platform_classes().attention_backend)
+        vllm_config = original(self, *args, **kwargs)
+        activate(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config

@@ -1,0 +1,43 @@
+"""A fit has succeeded on every rank: its segment takes the place of what it was fitted to."""
+
+from __future__ import annotations
+
+from vllm_am.engine.messages import Activation, FitReport
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.jobs import Job
+from vllm_am.engine.scheduler.journal import Journal
+from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
+
+
+class Commits:
+    """Swaps blocks, and tells the workers from when on a sequence attends to its new segment."""
+
+    def __init__(
+        self, blocks: CompactingManager, queries: ReferenceQueries, journal: Journal
+    ) -> None:
+        self._blocks = blocks
+        self._queries = queries
+        self._journal = journal
+
+    def commit(self, job: Job, report: FitReport) -> Activation:
+        """The freed blocks are back in the pool in time for this step's allocations."""
+        if job.merges:
+            self._merge(job, report)
+        else:
+            self._compact(job, report)
+        return Activation(job.request.request_id, job.job_id, job.segment, replaces=job.merges)
+
+    def _compact(self, job: Job, report: FitReport) -> None:
+        request_id = job.request.request_id
+        pool = self._blocks.block_pool
+        held, free = self._blocks.held_blocks(request_id), pool.get_num_free_blocks()
+        self._queries.keep(request_id, job.source_block_ids)
+        self._blocks.commit(job.job_id, request_id, job.segment)
+        freed = held - self._blocks.held_blocks(request_id)
+        self._journal.compacted(job, report, freed, pool.get_num_free_blocks() - free)
+
+    def _merge(self, job: Job, report: FitReport) -> None:
+        request_id = job.request.request_id
+        segments = self._blocks.segments(request_id)
+        self._blocks.commit_merge(job.job_id, request_id, job.segment)
+        self._journal.merged(job, report, len(segments), sum(s.slots for s in segments))

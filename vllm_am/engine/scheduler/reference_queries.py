@@ -1,0 +1,189 @@
+"""The reference queries of a compaction: which are kept in each step, which a fit reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from vllm_am.config import PASS_SOURCES
+from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.messages import QuerySample, RandomQueries
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.planner import Span
+from vllm_am.engine.scheduler.query_pool import Owner, QueryPool
+from vllm_am.engine.scheduler.query_sources import select, shifts_behind, thin
+
+#: Positions at the end of a prompt that are always sampled: the question, where there is one.
+PROMPT_TAIL_POSITIONS = 64
+
+#: Sampled positions that random queries take their size from.
+RANDOM_LIKE_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class JobQueries:
+    """The reference queries of one compaction.
+
+    The same ones in every slice: what is measured in one step is fitted in a later one.
+    """
+
+    slots: np.ndarray
+    """int64 [n]: slots of the query pool."""
+    shifts: np.ndarray
+    """int64 [n]: see ``FitSlice.query_shifts``."""
+    drawn: RandomQueries | None
+
+    @property
+    def slots_read(self) -> np.ndarray:
+        """int64: every slot of the query pool that a slice reads."""
+        like = [] if self.drawn is None else [self.drawn.like]
+        return np.concatenate([self.slots, *like])
+
+    @property
+    def positions(self) -> int:
+        """Query vectors per query head."""
+        return len(self.slots) + (self.drawn.positions if self.drawn else 0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which queries of one request are kept in a step."""
+
+    start: int
+    """Position of the first token computed in the step."""
+    count: int
+    """Tokens computed in it."""
+    rate: float
+    """Share of the positions to keep."""
+    always_from: int
+    """Positions from here on are all kept."""
+    owner_of: Callable[[int], Owner]
+    """From block index to owner in the query pool."""
+
+    @property
+    def wanted(self) -> float:
+        """Positions that are asked for."""
+        tail = min(self.count, max(0, self.start + self.count - self.always_from))
+        return self.rate * (self.count - tail) + tail
+
+
+def keeper(request_id: str) -> Owner:
+    """Who owns the kept queries of a sequence's compacted tokens in the query pool."""
+    return (request_id, 0)
+
+
+class ReferenceQueries:
+    """Chooses reference queries, in the proportions of the configured mixture."""
+
+    def __init__(self, limits: EngineLimits, blocks: CompactingManager, pool: QueryPool) -> None:
+        self._limits = limits
+        self._config = limits.config
+        self._blocks = blocks
+        self._pool = pool
+
+    # -- of a compaction ------------------------------------------------------------------------
+
+    def choose(
+        self, span: Span, of_passes: Mapping[str, Iterable[Owner]], cut_short: bool
+    ) -> JobQueries:
+        """Sampled positions of all sources.
+
+        Args:
+            of_passes: by source, the owners of what reference passes have left in the pool.
+            cut_short: not all of the passes ran to their end.
+        """
+        slots = self._slots(span, of_passes, cut_short)
+        return JobQueries(slots, self._shifts(slots, span), self._random(span))
+
+    def _slots(
+        self, span: Span, of_passes: Mapping[str, Iterable[Owner]], cut_short: bool
+    ) -> np.ndarray:
+        found = {source: self._pool.slots(owners) for source, owners in of_passes.items()}
+        found["context"] = self._context(span)
+        due = set(self._config.query_fractions) & set(PASS_SOURCES)
+        return select(
+            found,
+            self._config.query_fractions,
+            self._limits.sample_positions,
+            keep_last=PROMPT_TAIL_POSITIONS,
+            cut_short=cut_short or not due <= set(of_passes),
+        )
+
+    def _shifts(self, slots: np.ndarray, span: Span) -> np.ndarray:
+        """int64 [n]: by how much each of the sampled queries is moved."""
+        if not self._config.rotates_context:
+            return np.zeros_like(slots)
+        return shifts_behind(self._pool.positions[slots], span.end)
+
+    def _context(self, span: Span) -> np.ndarray:
+        """All queries sampled so far at or after the start of the span."""
+        blocks = self._blocks.req_to_blocks[span.request_id]
+        first = span.start // self._limits.block_size
+        owners = [keeper(span.request_id), *(b.block_id for b in blocks[first:])]
+        slots = self._pool.slots(owners)
+        return slots[self._pool.positions[slots] >= span.start]
+
+    def _random(self, span: Span) -> RandomQueries | None:
+        """The random part of the mixture, like the queries of the sequence itself."""
+        fraction = self._config.query_fractions.get("random")
+        if fraction is None:
+            return None
+        positions = max(1, round(fraction * self._limits.sample_positions))
+        return RandomQueries(positions, thin(self._context(span), RANDOM_LIKE_POSITIONS))
+
+    # -- of a step ------------------------------------------------------------------------------
+
+    def forget_handed_out(self, output: SchedulerOutput) -> None:
+        """Blocks that changed hands in this step lose the queries of their former tokens."""
+        size, group = self._limits.block_size, self._blocks.kv_cache_group_id
+        for new in output.scheduled_new_reqs:
+            self._pool.forget(new.block_ids[group][new.num_computed_tokens // size :])
+        cached = output.scheduled_cached_reqs
+        for request_id, ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if ids is not None:
+                fresh = computed // size if request_id in cached.resumed_req_ids else 0
+                self._pool.forget(ids[group][fresh:])
+
+    def sampling(self, request: Request, count: int, rate: float) -> Sampling:
+        """What is kept of the ``count`` tokens that a user's request computes in this step.
+
+        Also of requests that will not be compacted: their blocks may be another's prefix.
+        """
+        blocks = self._blocks.req_to_blocks[request.request_id]
+        reads_prompt = request.num_computed_tokens <= request.num_prompt_tokens
+        tail = max(0, request.num_prompt_tokens - PROMPT_TAIL_POSITIONS)
+        return Sampling(
+            request.num_computed_tokens - count,
+            count,
+            rate,
+            always_from=tail if reads_prompt else sys.maxsize,
+            owner_of=lambda index: blocks[index].block_id,
+        )
+
+    def sample(self, wanted: Mapping[str, Sampling]) -> dict[str, QuerySample]:
+        """Choose which queries of this step are kept, by request."""
+        self._pool.begin_step(sum(s.wanted for s in wanted.values()))
+        samples = {}
+        for request_id, s in wanted.items():
+            offsets, slots = self._pool.sample(s.owner_of, s.start, s.count, s.rate, s.always_from)
+            if len(slots):
+                samples[request_id] = QuerySample(offsets, slots)
+        return samples
+
+    # -- of compacted tokens --------------------------------------------------------------------
+
+    def keep(self, request_id: str, block_ids: Iterable[int]) -> None:
+        """For merges to come, where there are any: these blocks are about to go."""
+        if self._config.merge_slots is not None:
+            self._pool.keep(block_ids, keeper(request_id), self._limits.sample_positions)
+
+    def forget(self, request_id: str) -> None:
+        """The sequence goes, and with it the kept queries of its compacted tokens."""
+        self._pool.forget([keeper(request_id)])

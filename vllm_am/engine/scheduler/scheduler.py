@@ -1,0 +1,278 @@
+"""Compaction inside vLLM's scheduler: what happens in one engine step, in order.
+
+vLLM symbols touched (subclassed, selected through ``scheduler_config.scheduler_cls``):
+``v1.core.sched.scheduler.Scheduler`` and ``v1.core.sched.async_scheduler.AsyncScheduler``, their
+``schedule``, ``update_from_output``, ``make_stats``, ``_get_local_prefix_cache_hit``,
+``_preempt_request``, ``_free_request_blocks``, ``_request_blocks_can_be_freed``; and
+``grammar_compile_error_reqs``, to which requests are added.
+
+A compaction takes three steps of the engine, in which the sequence goes on as before (with a query
+source that needs reference passes, those come first: reference_pass.py):
+
+1. *plan* (planner.py, jobs.py): blocks for the compacted span are reserved; the fit is sent to the
+   workers, cut into slices of layers when it is long;
+2. *report*: the workers say whether the fit succeeded on every rank, and its held-out error;
+3. *commit* (commit.py): the segment takes the place of its tokens' blocks, and those return to the
+   pool in time for the same step's allocations. A failed fit only returns the reserved blocks
+   (give_up.py).
+
+A merge of a sequence's segments (``merge_slots``) takes the same steps, with the segments for a
+source.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_am.engine.messages import (
+    REPORTS_ATTRIBUTE,
+    STEP_ATTRIBUTE,
+    CompactionStep,
+    FitSlice,
+    OnPolicy,
+)
+from vllm_am.engine.scheduler.jobs import Job
+from vllm_am.engine.scheduler.planner import SequenceView, Span
+from vllm_am.engine.scheduler.reference_pass import ReferencePassMixin
+from vllm_am.engine.scheduler.reference_queries import JobQueries
+from vllm_am.engine.scheduler.state import CompactionState
+from vllm_am.engine.stats import CompactionStats
+
+
+class CompactionSchedulerMixin(ReferencePassMixin):
+    """Adds compaction to a vLLM scheduler class; see the module docstring."""
+
+    _holds_preemption = False
+    """While blocks are about to come back: wait for them rather than throw a sequence out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compaction = CompactionState.of(self)
+
+    # -- one engine step ------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        step = CompactionStep()
+        self._settle_reported(step)
+        self._start_jobs()
+        step.fits.extend(self.compaction.jobs.slices())
+        self._holds_preemption = bool(self.compaction.jobs.running)
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self._holds_preemption = False
+        self._drop_preempted(step)
+        step.shared = self.shared_prefixes(output)
+        step.samples = self._sample_queries(output)
+        step.fits.extend(self._fits_on_policy(output))
+        if step:
+            setattr(output, STEP_ATTRIBUTE, step)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
+            self.compaction.jobs.note(report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _settle_reported(self, step: CompactionStep) -> None:
+        """Commit what succeeded, give up what failed."""
+        for job, report in self.compaction.jobs.take_reported():
+            self.end_study(job.request.request_id)
+            if report.failure is None:
+                step.activations.append(self.compaction.commits.commit(job, report))
+            else:
+                self.compaction.failures.give_up(job, report)
+
+    def _start_jobs(self) -> None:
+        """Start what is due, as much as one step's work bound admits."""
+        jobs = self.compaction.jobs
+        due = self._due()
+        while jobs.outstanding_work < self.compaction.limits.step_work:
+            span, merges = next(due, (None, False))
+            if span is None:
+                break
+            self._start_job(span, merges)
+
+    def _drop_preempted(self, step: CompactionStep) -> None:
+        """A request preempted in this very step lost its compacted state and its jobs again."""
+        compacted, running = self.compaction.blocks.compacted, self.compaction.jobs.running
+        step.activations = [a for a in step.activations if a.request_id in compacted]
+        step.fits = [f for f in step.fits if f.request_id in running]
+
+    def _sample_queries(self, output: SchedulerOutput) -> dict[str, Any]:
+        """Choose which queries of this step are kept, after blocks that changed hands forgot."""
+        self.compaction.queries.forget_handed_out(output)
+        wanted = {}
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            if request_id in self.passes:
+                wanted[request_id] = self.sampling_of_pass(request, count)
+            else:
+                rate = self.compaction.sequences.options(request).sample_rate
+                wanted[request_id] = self.compaction.queries.sampling(request, count, rate)
+        return self.compaction.queries.sample(wanted)
+
+    def _fits_on_policy(self, output: SchedulerOutput) -> Iterator[FitSlice]:
+        """The fits that take place in the forward pass of this step, whose passes are read there.
+
+        One that finds no room after all comes later, when the passes have left their queries.
+        """
+        for study in self.studies.values():
+            passes = self.read_in_step(study, output)
+            if not passes:
+                continue
+            measured = self._choose_queries(study.span)
+            job = self._start_job(study.span, merges=False, passes=passes)
+            if job is not None:
+                on_policy = OnPolicy(passes, measured.slots, measured.shifts)
+                yield self.compaction.jobs.whole(job, on_policy)
+
+    # -- what is due, and from which queries ----------------------------------------------------
+
+    def _due(self) -> Iterator[tuple[Span, bool]]:
+        """Spans to compact now, and whether it is a merge of what was compacted before.
+
+        Merges first: a sequence over its limit gets no further segment; not while passes read it.
+        """
+        compaction = self.compaction
+        for request in self.running:
+            busy = request.request_id in self.studies
+            if (
+                not busy
+                and self._is_free(request)
+                and (span := compaction.sequences.merge_due(request))
+            ):
+                yield span, True
+        views: dict[str, SequenceView] = {}
+        for request in self.running:
+            if self._is_free(request) and (view := compaction.sequences.view(request)):
+                views[request.request_id] = view
+        if not views:
+            return
+        free = compaction.blocks.block_pool.get_num_free_blocks()
+        for due in compaction.planner.spans(views.values(), free, compaction.jobs.coming_blocks):
+            after = self.after_passes(views[due.request_id], due)
+            if after is not None:
+                yield after, False
+
+    def _is_free(self, request: Request) -> bool:
+        """A user's, and no compaction of it is under way."""
+        request_id = request.request_id
+        return request_id not in self.passes and request_id not in self.compaction.jobs.running
+
+    def _choose_queries(self, span: Span, passes: Sequence[str] = ()) -> JobQueries:
+        """Reference queries for a span.
+
+        Args:
+            passes: on-policy, those that are read in this step: no others then.
+        """
+        study = self.studies.get(span.request_id)
+        if study is None:
+            return self.compaction.queries.choose(span, {}, cut_short=False)
+        owners = self.owners_of_passes(study, passes) if passes else study.owners
+        return self.compaction.queries.choose(span, owners, study.cut_short)
+
+    def _start_job(self, span: Span, merges: bool, passes: Sequence[str] = ()) -> Job | None:
+        """Start a compaction, if there is room for it now.
+
+        Args:
+            merges: the span is all that was compacted before.
+            passes: on-policy, those of this step.
+        """
+        queries = self._choose_queries(span, passes)
+        request = self.requests[span.request_id]
+        job = self.compaction.jobs.start(request, span, queries, merges)
+        if job is not None:
+            shortfall = not merges and self.falls_short(span, on_policy=bool(passes))
+            self.compaction.journal.started(job, self.compaction.limits.queries_per_kv, shortfall)
+        return job
+
+    # -- life and death of requests -------------------------------------------------------------
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        """A hit that leaves no room for the rest of the sequence is cut short."""
+        blocks, tokens, *others = super()._get_local_prefix_cache_hit(request)
+        options = self.compaction.sequences.options(request)
+        if tokens and options.enabled:
+            most = self.compaction.planner.longest_hit(request.num_tokens, options.ratio)
+            if most < tokens:
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
+                tokens = most
+        return blocks, tokens, *others
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        """A sequence that outgrows the pool all by itself is not computed anew for ever."""
+        alone = all(other.request_id in self.passes for other in self.running)
+        # vLLM drops stale output where it preempts everybody, to reset the prefix cache.
+        if alone and not drop_stale_output and self.compaction.failures.outgrows_the_pool(request):
+            # The set that ``update_from_output`` finishes with an error, and with an output for
+            # the client; requests get into it for other reasons, too.
+            self.grammar_compile_error_reqs.add(request.request_id)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Finish, abort and preemption: a compaction under way ends, its blocks go back."""
+        self.compaction.jobs.cancel(request.request_id)
+        self.compaction.sequences.forget(request)
+        self.compaction.queries.forget(request.request_id)
+        holding, self._holds_preemption = self._holds_preemption, False
+        try:
+            super()._free_request_blocks(request)
+        finally:
+            self._holds_preemption = holding
+
+    def _request_blocks_can_be_freed(self, request: Request) -> bool:
+        """Asked by ``schedule`` before it preempts: "not now" makes it wait a step instead."""
+        if self._holds_preemption and request.request_id not in self.passes:
+            return False
+        can_be_freed: bool = super()._request_blocks_can_be_freed(request)
+        return can_be_freed
+
+    # -- metrics and checks ---------------------------------------------------------------------
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        journal = self.compaction.journal
+        if self.reference_tokens:
+            journal.count(CompactionStats(reference_tokens=self.reference_tokens))
+            self.reference_tokens = 0
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            journal.hand_over(stats)
+        return stats
+
+    def check_compaction(self) -> None:
+        """Exact ownership of every block and every query slot (debugging, tests).
+
+        Raises:
+            AssertionError: naming what does not add up.
+        """
+        deferred: deque[tuple[int, list[Any]]] = self.deferred_frees
+        jobs = self.compaction.jobs.running
+        self.compaction.blocks.check(blocks for _, blocks in deferred)
+        self.compaction.query_pool.check()
+        self.check_passes()
+        if set(jobs) - {r.request_id for r in self.running}:
+            raise AssertionError("a compaction runs for a request that does not")
+        if len(self.compaction.blocks.targets) != len(jobs):
+            raise AssertionError("targets and jobs differ")
+
+
+class CompactionScheduler(CompactionSchedulerMixin, Scheduler):
+    """vLLM's scheduler with compaction."""
+
+
+class CompactionAsyncScheduler(CompactionSchedulerMixin, AsyncScheduler):
+    """vLLM's async scheduler with compaction."""

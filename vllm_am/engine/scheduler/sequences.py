@@ -1,0 +1,109 @@
+"""What compaction knows of each request: its options, what the planner sees of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vllm.v1.request import Request
+
+from vllm_am.config import RequestOverrides
+from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.planner import Planner, SequenceView, Span
+
+
+@dataclass
+class SequenceOptions:
+    """What is kept per request while it is known to the scheduler."""
+
+    enabled: bool
+    ratio: float
+    threshold_tokens: int | None
+    sample_rate: float
+    """Share of the token positions whose queries are kept."""
+    not_before: int = 0
+    """After a failed fit: tokens that must have been computed before it is tried again."""
+    unmerged_end: int = 0
+    """After a failed merge: end of its segments. It is tried again when there is another one."""
+    outgrew: int = 0
+    """How often it needed more than the whole pool because a fit had failed."""
+
+
+class Sequences:
+    """The requests as compaction sees them.
+
+    Args:
+        draft_tokens: most tokens of a step that may yet be rolled back.
+    """
+
+    def __init__(
+        self, limits: EngineLimits, planner: Planner, blocks: CompactingManager, draft_tokens: int
+    ) -> None:
+        self._limits = limits
+        self._planner = planner
+        self._blocks = blocks
+        self._draft_tokens = draft_tokens
+        self.known: dict[str, SequenceOptions] = {}
+
+    def options(self, request: Request) -> SequenceOptions:
+        """The request's own options over those of the engine."""
+        options = self.known.get(request.request_id)
+        if options is None:
+            params = request.sampling_params
+            overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
+            threshold = overrides.threshold_tokens or self._planner.threshold.tokens
+            options = SequenceOptions(
+                enabled=overrides.enabled,
+                ratio=overrides.ratio or self._limits.config.ratio,
+                threshold_tokens=threshold,
+                sample_rate=self._limits.sample_rate(
+                    max(request.num_prompt_tokens, threshold or 0)
+                ),
+            )
+            self.known[request.request_id] = options
+        return options
+
+    def view(self, request: Request) -> SequenceView | None:
+        """What the planner sees; None while nothing of it is to be compacted."""
+        options = self.options(request)
+        if not options.enabled:
+            return None
+        # Certain tokens only: not the placeholders of async scheduling, nor unverified drafts.
+        computed = (
+            request.num_computed_tokens - request.num_output_placeholders - self._draft_tokens
+        )
+        if computed < options.not_before:
+            return None
+        segments = self._blocks.segments(request.request_id)
+        protected = self._limits.protected_tokens
+        end = segments[-1].end if segments else protected
+        return SequenceView(
+            request.request_id,
+            computed=computed,
+            prompt=request.num_prompt_tokens,
+            compacted_end=end,
+            exact_tokens=computed - end + protected,
+            ratio=options.ratio,
+            threshold_tokens=options.threshold_tokens,
+        )
+
+    def merge_due(self, request: Request) -> Span | None:
+        """All that was compacted of it, where its segments have outgrown ``merge_slots``."""
+        segments = self._blocks.segments(request.request_id)
+        if not segments:
+            return None
+        options = self.options(request)
+        if not options.enabled or segments[-1].end <= options.unmerged_end:
+            return None
+        slots = sum(s.slots for s in segments)
+        target = self._planner.merged_blocks(slots, sum(len(s.block_ids) for s in segments))
+        if target is None:
+            return None
+        slots = target * self._limits.block_size
+        return Span(request.request_id, segments[0].start, segments[-1].end, slots)
+
+    def forget(self, request: Request) -> None:
+        """It is finished, or preempted: then it will be computed anew, with the same options."""
+        options = self.known.pop(request.request_id, None)
+        if options is not None and not request.is_finished():
+            self.known[request.request_id] = replace(options, not_before=0, unmerged_end=0)

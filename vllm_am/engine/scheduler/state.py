@@ -1,0 +1,82 @@
+"""Everything that compaction keeps in the engine core, put together once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_am.config import CompactionConfig
+from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.commit import Commits
+from vllm_am.engine.scheduler.give_up import Failures
+from vllm_am.engine.scheduler.jobs import Jobs
+from vllm_am.engine.scheduler.journal import Journal
+from vllm_am.engine.scheduler.planner import Planner
+from vllm_am.engine.scheduler.query_pool import QueryPool
+from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
+from vllm_am.engine.scheduler.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class CompactionState:
+    """The parts of compaction beside one scheduler of vLLM."""
+
+    config: CompactionConfig
+    limits: EngineLimits
+    planner: Planner
+    blocks: CompactingManager
+    query_pool: QueryPool
+    queries: ReferenceQueries
+    sequences: Sequences
+    jobs: Jobs
+    commits: Commits
+    failures: Failures
+    journal: Journal
+
+    @classmethod
+    def of(cls, scheduler: Scheduler) -> CompactionState:
+        """Built when vLLM's scheduler is complete.
+
+        Raises:
+            NotImplementedError: the model has layers of another kind than ours.
+        """
+        limits = EngineLimits.from_vllm_config(scheduler.vllm_config)
+        blocks = _compacting_manager(scheduler)
+        pool = blocks.block_pool
+        planner = Planner.of(limits, pool.num_gpu_blocks - 1)
+        query_pool = QueryPool(
+            capacity=limits.query_pool_positions(pool.num_gpu_blocks),
+            block_size=limits.block_size,
+            max_positions=scheduler.max_model_len + scheduler.num_lookahead_tokens + 1,
+            is_live=lambda block_id: pool.blocks[block_id].ref_cnt > 0,
+        )
+        journal = Journal(collected=scheduler.log_stats)
+        queries = ReferenceQueries(limits, blocks, query_pool)
+        sequences = Sequences(limits, planner, blocks, draft_tokens=scheduler.num_spec_tokens)
+        return cls(
+            config=limits.config,
+            limits=limits,
+            planner=planner,
+            blocks=blocks,
+            query_pool=query_pool,
+            queries=queries,
+            sequences=sequences,
+            jobs=Jobs(limits, blocks, query_pool),
+            commits=Commits(blocks, queries, journal),
+            failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
+            journal=journal,
+        )
+
+
+def _compacting_manager(scheduler: Scheduler) -> CompactingManager:
+    """The manager of the layers that are compacted, which are all of them."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
+        raise NotImplementedError(
+            "--kv-compaction: every attention layer of the model must be a full-attention "
+            "layer served by the compacting manager; this model has "
+            f"{[type(m.kv_cache_spec).__name__ for m in managers]}"
+        )
+    return managers[0]

@@ -1,0 +1,267 @@
+"""What a worker holds for compaction: the pages with their bias, sampled queries, sequences.
+
+Found by the attention backend through :func:`worker_state`, since vLLM constructs metadata builders
+with nothing but the configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_am.compaction.pages import PagedKV, page_table
+from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
+from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.messages import (
+    Activation,
+    CompactionStep,
+    FitReport,
+    FitSlice,
+    Segment,
+)
+from vllm_am.engine.worker.fitting import Fitting
+from vllm_am.engine.worker.rotary import rotaries
+
+_states: dict[int, WorkerState] = {}
+
+
+def engine_key(vllm_config: VllmConfig) -> int:
+    """What tells the engines of a process apart.
+
+    vLLM's table of attention layers, of which there is one per model. Not ``instance_id``: where
+    the worker is in the process of a served engine, as it is with a single GPU, vLLM gives the
+    configuration a new one after the cache was created (``EngineCoreProc._perform_handshakes``).
+    """
+    return id(vllm_config.compilation_config.static_forward_context)
+
+
+def worker_state(vllm_config: VllmConfig) -> WorkerState | None:
+    """The state of the engine with this configuration in this process, once its cache exists."""
+    return _states.get(engine_key(vllm_config))
+
+
+#: Temporaries of the largest size that a fit has at a time, at most.
+FIT_TEMPORARIES = 8
+
+
+def fit_bytes(device: torch.device) -> int:
+    """Memory for the temporaries of a fit: on a GPU a share of it, left out of the KV cache."""
+    if device.type != "cuda":
+        return FIT_TEMPORARIES * DEFAULT_CHUNK_BYTES
+    return torch.cuda.get_device_properties(device).total_memory // 32
+
+
+def local_shares(
+    budgets: str | dict[str, float], layer_names: list[str], vllm_config: VllmConfig
+) -> torch.Tensor | None:
+    """This rank's part of a budgets file, float64 [layers * KV heads]; None without a file.
+
+    A head that is not in the file has the mean share, as in the paper's code. The pages of a rank
+    are divided among its own heads, so only the proportions within a rank matter.
+    """
+    if isinstance(budgets, str):
+        return None
+    parallel = vllm_config.parallel_config
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    local = vllm_config.model_config.get_num_kv_heads(parallel)
+    # With more ranks than KV heads each head is held by several ranks.
+    first = get_tensor_model_parallel_rank() * total // parallel.tensor_parallel_size
+    mean = sum(budgets.values()) / len(budgets)
+    shares = torch.tensor(
+        [
+            budgets.get(f"L{extract_layer_index(name)}H{first + head}", mean)
+            for name in layer_names
+            for head in range(local)
+        ],
+        dtype=torch.float64,
+    )
+    # A rank none of whose heads has a share holds its pages all the same.
+    return shares if bool(shares.any()) else torch.ones_like(shares)
+
+
+@dataclass(frozen=True)
+class CompactedSequence:
+    """Where the compacted part of a sequence is: it replaces tokens [start, end)."""
+
+    start: int
+    end: int
+    lists: tuple[torch.Tensor, ...]
+    """int64 on the CPU: the pages of each (layer, KV head), all segments, in order."""
+    device: torch.device
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """int32 on the device: ``lists`` as the attention kernels read them."""
+        return async_tensor_h2d(page_table(self.lists), device=self.device)
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        """int64 [heads, pages of the longest]: ``lists`` as a matrix, -1 behind a list's end."""
+        return pad_sequence(list(self.lists), batch_first=True, padding_value=-1)
+
+    def extended(self, segment_end: int, lists: tuple[torch.Tensor, ...]) -> CompactedSequence:
+        """With another segment behind the last one."""
+        joined = tuple(torch.cat(pair) for pair in zip(self.lists, lists, strict=True))
+        return CompactedSequence(self.start, segment_end, joined, self.device)
+
+
+@dataclass
+class WorkerState:
+    """Compaction state of one worker; all tensors on its device."""
+
+    limits: EngineLimits
+    layers: dict[str, Any]
+    """Attention layers by name, in the order of the model; each has ``kv_cache`` and ``impl``."""
+    kv: PagedKV
+    """The pages of all layers, with the bias of every slot."""
+    queries: dict[str, torch.Tensor]
+    """[positions, query heads, D] by layer: the query pool."""
+    fitting: Fitting
+    runner: Any
+    """vLLM's model runner, which knows which request is in which row of the batch."""
+    sequences: dict[str, CompactedSequence] = field(default_factory=dict)
+    step: CompactionStep | None = None
+    """The step being executed; None in dummy runs, whose rows alias live requests."""
+
+    @classmethod
+    def create(
+        cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, runner: Any
+    ) -> WorkerState:
+        """Allocate the bias and the query pool beside a KV cache that was just created.
+
+        Args:
+            runner: vLLM's model runner.
+        """
+        limits = EngineLimits.from_vllm_config(vllm_config)
+        context = vllm_config.compilation_config.static_forward_context
+        names = [n for group in kv_cache_config.kv_cache_groups for n in group.layer_names]
+        layers = {name: context[name] for name in names}
+        kv = PagedKV.from_layers([layer.kv_cache for layer in layers.values()])
+        positions = limits.query_pool_positions(kv_cache_config.num_blocks)
+        queries = {
+            name: torch.zeros(
+                positions,
+                layer.impl.num_heads,
+                layer.impl.head_size,
+                dtype=vllm_config.model_config.dtype,
+                device=kv.pages.device,
+            )
+            for name, layer in layers.items()
+        }
+        scale = next(iter(layers.values())).impl.scale
+        shares = local_shares(limits.config.budgets, list(layers), vllm_config)
+        text_config = vllm_config.model_config.hf_text_config
+        rotations = rotaries(runner.get_model(), list(layers), text_config)
+        fitting = Fitting(
+            limits.config,
+            kv,
+            list(queries.values()),
+            scale,
+            shares,
+            rotations,
+            fit_bytes(kv.pages.device) // FIT_TEMPORARIES,
+        )
+        state = cls(limits, layers, kv, queries, fitting, runner)
+        _states[engine_key(vllm_config)] = state
+        return state
+
+    @cached_property
+    def layer_indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.layers)}
+
+    def row_request_ids(self, req_idx: np.ndarray | None, num_rows: int) -> list[str | None]:
+        """The request in each row of the batch being built; None for padding and dummy rows.
+
+        Model runner V1 keeps the row order in its input batch. V2 gives each row's slot in
+        ``CommonAttentionMetadata.req_idx``, unpadded; in dummy batches that is a plain range which
+        aliases live slots, hence the check for a step being executed.
+        """
+        if self.step is None:
+            return [None] * num_rows
+        if hasattr(self.runner, "input_batch"):
+            ids: list[str | None] = list(self.runner.input_batch.req_ids[:num_rows])
+        else:
+            slots = [] if req_idx is None else req_idx.tolist()
+            ids = [self.runner.req_states.index_to_req_id.get(slot) for slot in slots[:num_rows]]
+        return ids + [None] * (num_rows - len(ids))
+
+    def release(self, vllm_config: VllmConfig) -> None:
+        """The engine goes: another one may follow in this process."""
+        _states.pop(engine_key(vllm_config), None)
+
+    def begin_step(self, step: CompactionStep | None, gone: set[str]) -> list[FitReport]:
+        """Before the forward pass: forget requests, switch sequences over, fit.
+
+        Args:
+            step: the scheduler's message, or None.
+            gone: requests finished or preempted since the last step.
+        """
+        for request_id in gone:
+            self.sequences.pop(request_id, None)
+        self.fitting.forget(gone)
+        self.step = step = step or CompactionStep()
+        for activation in step.activations:
+            self._activate(activation)
+        for shared in step.shared:
+            self.sequences[shared.request_id] = self.sequences[shared.parent_id]
+        for fit in self.fits_on_policy:
+            self._begin_on_policy(fit)
+        fits = (fit for fit in step.fits if fit.on_policy is None)
+        reports = (self.fitting.run(fit, self._source_pages(fit)) for fit in fits)
+        return [report for report in reports if report is not None]
+
+    def _source_pages(self, fit: FitSlice) -> torch.Tensor:
+        """int64 [heads, n] on the CPU: the pages a fit reads, -1 behind the end of a head's."""
+        if fit.merges:
+            return self.sequences[fit.request_id].padded
+        return self.kv.block_pages(fit.source_block_ids)
+
+    @property
+    def fits_on_policy(self) -> list[FitSlice]:
+        """The fits that take place in the forward pass of the step being executed."""
+        fits = [] if self.step is None else self.step.fits
+        return [fit for fit in fits if fit.on_policy is not None]
+
+    def fit_on_policy(self, layer_name: str) -> None:
+        """In the forward pass, once a layer's queries are in the pool and before it attends."""
+        for fit in self.fits_on_policy:
+            self.fitting.fit_on_policy(fit, self.layer_indices[layer_name])
+
+    def end_step(self) -> list[FitReport]:
+        """After the forward pass, or after what was raised in it."""
+        reports = [self.fitting.end_on_policy(fit) for fit in self.fits_on_policy]
+        self.step = None
+        return reports
+
+    def _begin_on_policy(self, fit: FitSlice) -> None:
+        """The passes attend to the target from its first layer on; where that failed, exactly."""
+        lists = self.fitting.begin_on_policy(fit, self._source_pages(fit))
+        if lists is None or fit.on_policy is None:
+            return
+        for pass_id in fit.on_policy.pass_ids:
+            self._extend(pass_id, fit.segment, lists)
+
+    def _activate(self, activation: Activation) -> None:
+        lists = self.fitting.take(activation.job_id)
+        if activation.replaces:
+            del self.sequences[activation.request_id]
+        self._extend(activation.request_id, activation.segment, lists)
+
+    def _extend(self, request_id: str, segment: Segment, lists: tuple[torch.Tensor, ...]) -> None:
+        """From now on the sequence attends to the segment in place of its tokens."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None:
+            sequence = CompactedSequence(segment.start, segment.end, lists, self.kv.pages.device)
+        else:
+            sequence = sequence.extended(segment.end, lists)
+        self.sequences[request_id] = sequence
