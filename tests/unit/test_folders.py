@@ -70,6 +70,13 @@ SCRIPTS = (
     question_answering("quality"),
     question_answering("longhealth"),
     question_answering("ruler"),
+    Script(
+        "benchmarks.gpu_suite",
+        "benchmarks/out/gpu",
+        "benchmarks/results/gpu",
+        where="benchmarks.gpu_suite.__main__",
+        option="--out",
+    ),
 )
 
 
@@ -101,7 +108,8 @@ def run(script: Script, monkeypatch, *arguments: str) -> Path:
         entry = importlib.import_module("benchmarks.quality.__main__").app
     else:
         main = importlib.import_module(script.where or script.module).main
-        entry = functools.partial(typer.run, main)
+        argparse = script.module == "benchmarks.gpu_suite"
+        entry = main if argparse else functools.partial(typer.run, main)
     with pytest.raises(Asked) as asked:
         entry()
     path: Path = asked.value.args[0]
