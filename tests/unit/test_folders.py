@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from benchmarks import folders
@@ -77,6 +78,17 @@ SCRIPTS = (
         where="benchmarks.gpu_suite.__main__",
         option="--out",
     ),
+    Script(
+        "benchmarks.recall.evaluate",
+        "benchmarks/out/recall/evaluation.csv",
+        "benchmarks/recall/evaluation.csv",
+    ),
+    Script(
+        "benchmarks.recall.train",
+        "benchmarks/out/recall/model",
+        "benchmarks/recall/model",
+        option="--model",
+    ),
 )
 
 
@@ -108,7 +120,7 @@ def run(script: Script, monkeypatch, *arguments: str) -> Path:
         entry = importlib.import_module("benchmarks.quality.__main__").app
     else:
         main = importlib.import_module(script.where or script.module).main
-        argparse = script.module == "benchmarks.gpu_suite"
+        argparse = script.module.startswith(("benchmarks.gpu_suite", "benchmarks.recall"))
         entry = main if argparse else functools.partial(typer.run, main)
     with pytest.raises(Asked) as asked:
         entry()
@@ -140,3 +152,23 @@ def test_a_place_that_is_named_is_not_recorded(script, monkeypatch, tmp_path, ca
     with pytest.raises(SystemExit) as refusal:
         run(script, monkeypatch, *named, "--record")
     assert refusal.value.code == 2 and "--record" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_leaves_the_bundled_model_alone(monkeypatch, tmp_path):
+    """Its checkpoint and training curve, too, go to the folder that git ignores."""
+    from benchmarks.recall import train
+
+    def bundled() -> dict[Path, int]:
+        files = (ROOT / "benchmarks" / "recall").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in files if "__pycache__" not in path.parts}
+
+    before = bundled()
+    monkeypatch.setattr(folders, "UNRECORDED", tmp_path)
+    arguments = ["--tokens", "1", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train.main()
+    written = {path.name for path in (tmp_path / "recall").iterdir()}
+    assert written == {"checkpoint.pt", "model", "training.csv", "training.png"}
+    assert (tmp_path / "recall" / "model" / "model.safetensors").exists()
+    assert bundled() == before
