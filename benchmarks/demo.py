@@ -49,6 +49,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.machine import machine_line
 from benchmarks.plots import plot_modes
 from benchmarks.recall.documents import Document, Question, is_correct, make_document, messages
@@ -542,14 +543,14 @@ def main(
     model: Annotated[
         str | None, typer.Option(help="A chat model; accuracy is for the bundled one only.")
     ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the results.", show_default="benchmarks/results")
-    ] = HERE / "results",
+    output: Folder = None,
+    record: Record = False,
 ) -> None:
     """Serve a model with KV compaction and ask it questions under ever smaller caches."""
     # So that the server is stopped then, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = Console(highlight=False)
+    folder = result_path(output, record)
     modes = parse_modes(ratios)
     scored = model is None or Path(model).resolve() == RECALL_MODEL
     name = os.path.relpath(RECALL_MODEL) if model is None or scored else model
@@ -576,12 +577,12 @@ def main(
         console.print("\nOne compaction in the server's log:")
         console.print(Padding(Text(log_line, style="dim"), (0, 2)))
     console.print(result_table(results))
-    output.mkdir(parents=True, exist_ok=True)
-    write_csv(output / "demo.csv", results)
-    write_plot(output / "demo.png", results, machine)
-    write_markdown(output / "demo.md", results, tasks, server, machine, log_line)
-    seconds, place = time.monotonic() - started, os.path.relpath(output)
-    console.print(f"Written to {place}: demo.md, demo.csv, demo.png. It took {seconds:.0f} s.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "demo.csv", results)
+    write_plot(folder / "demo.png", results, machine)
+    write_markdown(folder / "demo.md", results, tasks, server, machine, log_line)
+    place, seconds = written(folder, "demo.md", "demo.csv", "demo.png"), time.monotonic() - started
+    console.print(f"{place} It took {seconds:.0f} s.")
     if problems := find_problems(results):
         for problem in problems:
             console.print(Text(f"NOT AS IT SHOULD BE: {problem}", style="bold red"))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.folders import BENCHMARKS, RECORDED
+
 
 def machine_line() -> str:
     """GPU and driver, or CPU and cores; versions; commit. In one line."""
@@ -26,9 +28,9 @@ def machine_line() -> str:
 def commit() -> str:
     """Of the working tree; from $VLLM_AM_COMMIT where the tree came without its repository.
 
-    "-dirty" if tracked files differ from it, the results themselves aside.
+    "-dirty" if tracked files differ from it, the recorded results themselves aside.
     """
-    code = [":/", ":(exclude,top)benchmarks/results"]
+    code = [":/", f":(exclude,top){RECORDED.relative_to(BENCHMARKS.parent)}"]
     head = _git("rev-parse", "--short", "HEAD")
     dirty = "-dirty" if head and _git("diff", "--name-only", "HEAD", "--", *code) else ""
     return os.environ.get("VLLM_AM_COMMIT") or head + dirty or "unknown"

@@ -12,17 +12,15 @@ weights: nothing here is about quality, which ``benchmarks/quality`` measures).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.gpu_suite.engine_run import EngineCase, EngineResult, run_engine
 from benchmarks.gpu_suite.models import QWEN3_4B, TINY, qwen3
 from benchmarks.gpu_suite.report import Report, Row
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -165,16 +163,19 @@ def report(smoke: bool) -> Report:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    out: Folder = None,
+    record: Record = False,
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, to try the code.")] = False,
 ) -> None:
     """Measure, write ``memory_bound.{csv,md,png}``."""
     from benchmarks.gpu_suite.plot import plot_memory_bound
 
+    folder = result_path(out, record)
     table = report(smoke)
-    table.write(out)
-    plot_memory_bound(out / "memory_bound.csv")
-    typer.echo((out / "memory_bound.md").read_text())
+    table.write(folder)
+    plot_memory_bound(folder / "memory_bound.csv")
+    typer.echo((folder / "memory_bound.md").read_text())
+    typer.echo(written(folder, "memory_bound.md", "memory_bound.csv", "memory_bound.png"))
 
 
 if __name__ == "__main__":

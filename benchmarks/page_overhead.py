@@ -32,13 +32,12 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.cases import PAGE_OVERHEAD, Case, cases_of
+from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.gpu_suite.models import qwen3
 from benchmarks.gpu_suite.report import Report, Row
 from benchmarks.plots import plot_lines
 from tests.engine import driver
 from vllm_am.config import BUDGETS
-
-RESULTS = Path(__file__).parent / "results"
 
 NOTES = (
     "![Share of the ratio asked for](page_overhead.png)",
@@ -379,10 +378,12 @@ def main(
     published: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: a budgets file to measure as well.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    out: Folder = None,
+    record: Record = False,
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, to try the code.")] = False,
 ) -> None:
     """Measure, write ``page_overhead.{csv,md,png}``."""
+    folder = result_path(out, record)
     files = {}
     for argument in published or []:
         name, equals, path = argument.partition("=")
@@ -390,9 +391,10 @@ def main(
             raise typer.BadParameter(f"--published={argument!r}: expected NAME=FILE")
         files[name] = Path(path)
     table = report(files, smoke)
-    table.write(out)
-    plot(out / "page_overhead.png", table.rows)
-    typer.echo((out / "page_overhead.md").read_text())
+    table.write(folder)
+    plot(folder / "page_overhead.png", table.rows)
+    typer.echo((folder / "page_overhead.md").read_text())
+    typer.echo(written(folder, "page_overhead.md", "page_overhead.csv", "page_overhead.png"))
 
 
 if __name__ == "__main__":

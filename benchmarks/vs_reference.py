@@ -49,6 +49,7 @@ from rich.text import Text
 from torch import Tensor
 
 from benchmarks.cases import VS_REFERENCE, Case, cases_of
+from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.machine import machine_line
 from benchmarks.plots import Series, plot_series
 from benchmarks.recall.documents import chat_words, make_document
@@ -488,12 +489,12 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side.")] = 5,
     dtype: Annotated[str, typer.Option(help=f"Storage: {', '.join(DTYPES)}.")] = "float32",
     quick: Annotated[bool, typer.Option(help="One head of 1,024 keys, two ratios.")] = False,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the results.", show_default="benchmarks/results")
-    ] = HERE / "results",
+    output: Folder = None,
+    record: Record = False,
 ) -> None:
     """Compare compaction methods with the paper's own code, in time and in held-out error."""
     console = Console(highlight=False, width=120)
+    folder = result_path(output, record)
     theirs = Reference(reference)
     names = parse_methods(methods)
     if dtype not in DTYPES:
@@ -520,12 +521,11 @@ def main(
         for line in lines:
             table.add_row(*line)
         console.print(f"[bold]{name}[/]  ours / the reference's\n{description}", table)
-    output.mkdir(parents=True, exist_ok=True)
-    write_csv(output / "vs_reference.csv", heading, rows)
-    write_markdown(output / "vs_reference.md", heading, descriptions, rows)
-    write_plot(output / "vs_reference.png", heading[1], rows)
-    place = os.path.relpath(output)
-    console.print(f"Written to {place}: vs_reference.md, vs_reference.csv, vs_reference.png.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "vs_reference.csv", heading, rows)
+    write_markdown(folder / "vs_reference.md", heading, descriptions, rows)
+    write_plot(folder / "vs_reference.png", heading[1], rows)
+    console.print(written(folder, "vs_reference.md", "vs_reference.csv", "vs_reference.png"))
 
 
 def run(

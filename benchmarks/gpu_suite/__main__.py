@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_suite.report import RESULTS, Report
+from benchmarks.folders import result_path, written
+from benchmarks.gpu_suite.report import Report, command_line
 from benchmarks.machine import machine_line
 
 ROOT = Path(__file__).parents[2]
@@ -79,20 +80,22 @@ def run_tests(part: Part) -> int:
     return subprocess.run(command, cwd=ROOT, timeout=LIMIT, check=False).returncode
 
 
-def run_here(part: Part, out: Path, smoke: bool) -> int:
-    """Make and write the report of a part."""
+def run_here(part: Part, folder: Path, smoke: bool, command: str) -> int:
+    """Make and write the report of a part; ``command`` is what the user typed."""
     assert part.report is not None
     report = part.report(smoke)
-    report.write(out)
-    print((out / f"{report.name}.md").read_text(), flush=True)
+    report.write(folder, command)
+    print((folder / f"{report.name}.md").read_text())
+    print(written(folder, f"{report.name}.md", f"{report.name}.csv"), flush=True)
     return 0
 
 
 def run_apart(part: Part, arguments: list[str]) -> int:
     """A benchmark in a process of its own: a crash or a hang ends only that part."""
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--part", part.name, "--here"]
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--part", part.name]
+    command += ["--here", command_line(), *arguments]
     try:
-        return subprocess.run([*command, *arguments], cwd=ROOT, timeout=LIMIT).returncode
+        return subprocess.run(command, cwd=ROOT, timeout=LIMIT).returncode
     except subprocess.TimeoutExpired:
         print(f"{part.name}: over {LIMIT} s", flush=True)
         return 1
@@ -101,19 +104,28 @@ def run_apart(part: Part, arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
     parser.add_argument("--part", action="append", choices=[p.name for p in PARTS])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--out", type=Path, help="folder of the results; default: benchmarks/out/gpu"
+    )
+    place.add_argument(
+        "--record", action="store_true", help="replace the committed results instead"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any machine")
     parser.add_argument("--list", action="store_true", help="list the parts")
     parser.add_argument("--plot", action="store_true", help="draw the results that are there")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    # The command that the user typed, where this process runs a part of it.
+    parser.add_argument("--here", metavar="COMMAND", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    folder = result_path(options.out, options.record, "gpu")
     if options.list:
         print("\n".join(f"{part.name:14}{part.shows}" for part in PARTS))
         return 0
     if options.plot:
         from benchmarks.gpu_suite.plot import plot_results
 
-        plot_results(options.out)
+        plots = plot_results(folder)
+        print(written(folder, *(plot.name for plot in plots)) if plots else f"{folder}: no results")
         return 0
     import torch
 
@@ -122,10 +134,10 @@ def main() -> int:
         return 2
     chosen = [part for part in PARTS if options.part is None or part.name in options.part]
     if options.here:
-        return max(run_here(part, options.out, options.smoke) for part in chosen)
+        return max(run_here(part, folder, options.smoke, options.here) for part in chosen)
     print(machine_line(), flush=True)
     failed = []
-    passed_on = ["--out", str(options.out.absolute()), *(["--smoke"] if options.smoke else [])]
+    passed_on = ["--out", str(folder.absolute()), *(["--smoke"] if options.smoke else [])]
     for part in chosen:
         start = time.monotonic()
         status = run_tests(part) if part.tests else run_apart(part, passed_on)

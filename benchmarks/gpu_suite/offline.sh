@@ -5,7 +5,7 @@
 #
 # vLLM comes from a folder `.gpu/` in the repository's root (ignored by git) whose bootstrap.sh
 # unpacks it and puts it on PYTHONPATH, unless it is installed. Results are written to $OUT if that
-# is set. VLLM_AM_COMMIT names the commit where the checkout came without its repository.
+# is set, which excludes --record. VLLM_AM_COMMIT names the commit where the checkout came without its repository.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -14,8 +14,13 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def plot_results(folder: Path) -> None:
-    """``attention.png`` and ``memory_bound.png`` beside their CSV files, where these exist."""
+def plot_results(folder: Path) -> list[Path]:
+    """``attention.png`` and ``memory_bound.png`` beside their CSV files, where these exist.
+
+    Returns:
+        the plots.
+    """
+    plots = []
     if (path := folder / "attention.csv").exists():
         lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for row in _read(path):
@@ -29,8 +34,11 @@ def plot_results(folder: Path) -> None:
             x="sequences",
             y="share of copy bandwidth",
         )
+        plots.append(path.with_suffix(".png"))
     if (path := folder / "memory_bound.csv").exists():
         plot_memory_bound(path)
+        plots.append(path.with_suffix(".png"))
+    return plots
 
 
 def plot_memory_bound(path: Path) -> None:

@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.folders import Record, result_path, written
 from benchmarks.machine import machine_line
 from benchmarks.quality.chat import ChatClient, Reply, Sampling
 from benchmarks.quality.datasets import (
@@ -50,7 +51,6 @@ from benchmarks.quality.prompts import Message, messages, score
 from benchmarks.serving import HOST, Metrics, Server, ServerError, concurrently
 from vllm_am.config import parse_ratio
 
-HERE = Path(__file__).parents[1]
 #: As in the paper's evaluation.
 MAX_ANSWER_TOKENS = 2048
 #: Answers of at most so many tokens, the end included, are ``early``.
@@ -425,7 +425,9 @@ def run(
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    console.print(f"Written to {setup.output}.*; it took {time.monotonic() - started:.0f} s.")
+    names = (setup.output.with_suffix(suffix).name for suffix in (".md", ".csv", ".jsonl"))
+    place, seconds = written(setup.output.parent, *names), time.monotonic() - started
+    console.print(f"{place} It took {seconds:.0f} s.")
     return rows
 
 
@@ -444,7 +446,10 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
 BlockSize = Annotated[int, typer.Option(help="Of the server; for memory.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")]
 Fresh = Annotated[bool, typer.Option(help="Forget the answers that are there.")]
-Output = Annotated[Path | None, typer.Option(help="Path without suffix.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Path without suffix.", show_default="benchmarks/out/quality-COMMAND"),
+]
 Serve = Annotated[list[str] | None, typer.Option(help="A further argument of vllm serve.")]
 
 
@@ -469,6 +474,7 @@ def _command(dataset: str, load: Callable[..., list[Sample]]) -> Callable[..., N
         fresh: Fresh = False,
         serve: Serve = None,
         output: Output = None,
+        record: Record = False,
     ) -> None:
         console = Console(highlight=False)
         setup = Setup(
@@ -481,7 +487,7 @@ def _command(dataset: str, load: Callable[..., list[Sample]]) -> Callable[..., N
             answer_prefix=answer_prefix,
             concurrency=concurrency,
             block_size=block_size,
-            output=output or HERE / "results" / f"quality-{dataset}",
+            output=result_path(output, record, f"quality-{dataset}"),
             url=url,
             serve_flags=serve or [],
         )

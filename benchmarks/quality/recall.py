@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.folders import Record, result_path, written
 from benchmarks.machine import commit, machine_line
 from benchmarks.quality import engine_backend, tensor_backend
 from benchmarks.quality.conversations import (
@@ -50,7 +50,6 @@ from benchmarks.quality.results import (
 from vllm_am.compaction import FitError
 from vllm_am.config import parse_ratio
 
-HERE = Path(__file__).parents[1]
 RATIOS = "2x,5x,10x,20x,50x,100x"
 QUICK_RATIOS = "5x,20x"
 #: What is measured unless said otherwise: the paper's method under each budget kind, the default
@@ -240,11 +239,16 @@ def main(
     quick: Annotated[bool, typer.Option(help="2 documents, 2 ratios: does it run?")] = False,
     fresh: Annotated[bool, typer.Option(help="Forget the rows that are there.")] = False,
     output: Annotated[
-        Path, typer.Option(help="CSV; table and plot beside it.", show_default="quality.csv")
-    ] = HERE / "results" / "quality.csv",
+        Path | None,
+        typer.Option(
+            help="CSV; table and plot beside it.", show_default="benchmarks/out/quality.csv"
+        ),
+    ] = None,
+    record: Record = False,
 ) -> None:
     """Accuracy against real memory, on the bundled recall model."""
     console = Console(highlight=False)
+    path = result_path(output, record, "quality.csv")
     if quick:
         documents, ratios = min(documents, 2), QUICK_RATIOS if ratios == RATIOS else ratios
     plan = configurations(methods, budgets, queries, config or [])
@@ -257,15 +261,15 @@ def main(
         for length in lengths.split(",")
         for kind in densities
     ]
-    store = Store(output, fresh)
+    store = Store(path, fresh)
     for setting in settings:
         _measure(console, setting, plan, wanted, store, commit())
         console.print(_table([row for row in store.rows if row.setting == setting]))
     command = " ".join(["python -m benchmarks.quality", *map(shlex.quote, sys.argv[1:])])
-    write_markdown(output.with_suffix(".md"), store.rows, command, machine_line())
-    write_plot(output.with_suffix(".png"), store.rows)
-    names = ", ".join(output.with_suffix(s).name for s in (".csv", ".md", ".png"))
-    console.print(f"Written to {os.path.relpath(output.parent)}: {names}")
+    write_markdown(path.with_suffix(".md"), store.rows, command, machine_line())
+    write_plot(path.with_suffix(".png"), store.rows)
+    names = (path.with_suffix(suffix).name for suffix in (".csv", ".md", ".png"))
+    console.print(written(path.parent, *names))
 
 
 def _measure(

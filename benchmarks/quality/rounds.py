@@ -12,12 +12,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.cases import find_case
+from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.gpu_suite.report import Report, Row
 from benchmarks.plots import plot_lines
 from benchmarks.quality import engine_backend
@@ -33,7 +33,6 @@ from benchmarks.quality.engine_backend import BLOCK_SIZE, MARGIN, Result
 from benchmarks.quality.recall import Questions
 
 CASE = find_case("recall-rounds")
-RESULTS = Path(__file__).parents[1] / "results"
 FULL, ONCE, ROUNDS = "never", "once", "rounds of"
 #: Blocks that become a segment: some ten merges, and as many as there can be.
 SEGMENTS_OF: tuple[int, ...] = (4, 2)
@@ -131,9 +130,11 @@ def main(
         str, typer.Option(help="Questions per document: recall/restated/tally.")
     ] = "14/6/3",
     quick: Annotated[bool, typer.Option(help="1 short document, 1 size: does it run?")] = False,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    output: Folder = None,
+    record: Record = False,
 ) -> None:
     """One compaction against many rounds to the same memory, in the engine."""
+    folder = result_path(output, record)
     ratios, segments_of = CASE.ratios, SEGMENTS_OF
     if quick:
         documents, tokens, ratios, segments_of = 1, min(tokens, 700), ratios[:1], segments_of[-1:]
@@ -154,9 +155,9 @@ def main(
         "parts included; *points*: right answers more than of one compaction to the same blocks.",
         "![Right answers and memory](quality-rounds.png)",
     ]
-    Report("quality-rounds", "Many rounds of compaction against one", rows, notes).write(output)
+    Report("quality-rounds", "Many rounds of compaction against one", rows, notes).write(folder)
     plot_lines(
-        output / "quality-rounds.png",
+        folder / "quality-rounds.png",
         "Compacted in rounds, or once to the same memory",
         {
             name: [
@@ -169,4 +170,5 @@ def main(
         x="sequence smaller by",
         y="right answers, %",
     )
-    typer.echo((output / "quality-rounds.md").read_text())
+    typer.echo((folder / "quality-rounds.md").read_text())
+    typer.echo(written(folder, "quality-rounds.md", "quality-rounds.csv", "quality-rounds.png"))

@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.folders import BENCHMARKS, result_path, written
 from benchmarks.recall.documents import Document, Question, Role, chat_words, make_document
 from benchmarks.recall.model import RecallModel, load, rope_tables
 
@@ -133,8 +134,12 @@ def main() -> None:
     parser.add_argument("--evict", type=float, nargs="*", default=[], metavar="RATIO")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=HERE / "evaluation.csv")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output", type=Path, help="default: benchmarks/out/recall/evaluation.csv")
+    place.add_argument("--record", action="store_true", help="replace the committed table instead")
     args = parser.parse_args()
+    path = result_path(args.output, args.record, "recall/evaluation.csv", recorded=BENCHMARKS)
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     model = load(args.model)
     vocabulary = json.loads((args.model / "tokenizer.json").read_text())["model"]["vocab"]
@@ -166,10 +171,11 @@ def main() -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console(width=120).print(table)
-    with args.output.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    print(written(path.parent, path.name))
 
 
 if __name__ == "__main__":

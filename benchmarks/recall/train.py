@@ -4,11 +4,12 @@ Each step reads one batch of chats: a fresh document, then questions and answers
 is full. The sequences grow longer when the answers are accurate enough, or late enough in the run;
 most steps (`REHEARSAL`) revisit a shorter length. Matrices are trained by Muon, the rest by
 AdamW, with a linear cool-down. The budget is in tokens; an interrupted run resumes from its
-checkpoint.
+checkpoint. The bundled model is replaced with ``--record`` only.
 """
 
 import argparse
 import csv
+import os
 import random
 import time
 from collections import defaultdict
@@ -22,13 +23,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.folders import BENCHMARKS, result_path, written
 from benchmarks.recall.documents import Role, chat_words, generate, training_density
 from benchmarks.recall.init import initialise
 from benchmarks.recall.model import ModelConfig, RecallModel, export
 from benchmarks.recall.tokenizer import END_ID, build_tokenizer, vocabulary
-
-HERE = Path(__file__).parent
-CHECKPOINT = HERE / "checkpoint.pt"
 
 # Length in tokens, the accuracy that ends the stage, and the share of the run that ends it anyway.
 STAGES = (
@@ -194,14 +193,14 @@ class Trainer:
         self.__dict__.update(state)
 
 
-def write_history(history: Sequence[dict[str, float]]) -> None:
+def write_history(history: Sequence[dict[str, float]], folder: Path) -> None:
     """training.csv and training.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with (HERE / "training.csv").open("w", newline="") as file:
+    with (folder / "training.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(history)
@@ -226,7 +225,7 @@ def write_history(history: Sequence[dict[str, float]]) -> None:
             right.text(millions[i], 0.02, f"{lengths[i]:.0f}", rotation=90, fontsize=7, color="0.4")
     for axis in (left, right):
         axis.legend()
-    figure.savefig(HERE / "training.png", dpi=110)
+    figure.savefig(folder / "training.png", dpi=110)
 
 
 def main() -> None:
@@ -234,16 +233,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=4.6e6, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder to export to")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="default: checkpoint.pt beside training.csv"
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--model", type=Path, help="folder to export to; default: benchmarks/out/recall/model"
+    )
+    place.add_argument(
+        "--record", action="store_true", help="replace the committed model and training.* instead"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
+    model = result_path(args.model, args.record, "recall/model", recorded=BENCHMARKS)
+    folder = result_path(None, args.record, "recall", recorded=BENCHMARKS)
+    checkpoint = args.checkpoint or folder / "checkpoint.pt"
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     budget = int(args.tokens)
 
     trainer = Trainer(args.seed)
-    if args.checkpoint.exists():
-        trainer.restore(torch.load(args.checkpoint))
+    if checkpoint.exists():
+        trainer.restore(torch.load(checkpoint))
     columns = ("{task.description}", BarColumn(), TextColumn("{task.completed:.2f} M"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("training", total=budget / 1e6)
@@ -257,10 +268,11 @@ def main() -> None:
                 if not progress.console.is_terminal:
                     print(f"{trainer.tokens / 1e6:.2f}M {text}", flush=True)
             if trainer.step % 100 == 0 or trainer.tokens >= budget:
-                torch.save(trainer.state(), args.checkpoint)
-                write_history(trainer.history)
-    export(trainer.model, args.model, getattr(torch, args.dtype), eos=END_ID, pad=0)
-    build_tokenizer().save_pretrained(args.model)
+                torch.save(trainer.state(), checkpoint)
+                write_history(trainer.history, folder)
+    export(trainer.model, model, getattr(torch, args.dtype), eos=END_ID, pad=0)
+    build_tokenizer().save_pretrained(model)
+    print(f"{written(folder, 'training.csv', 'training.png')} The model: {os.path.relpath(model)}.")
 
 
 if __name__ == "__main__":

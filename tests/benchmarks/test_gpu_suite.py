@@ -55,7 +55,9 @@ def test_fit_part_writes_a_table(tmp_path):
     assert {row["case"] for row in rows} == {"gemma-3-12b", "qwen3-4b"}
     assert all(0 < float(row["seconds, statistics"]) < float(row["seconds, all"]) for row in rows)
     text = (tmp_path / "fit.md").read_text()
-    assert "--part fit" in text and "commit" in text
+    typed = f"`python -m benchmarks.gpu_suite --smoke --part fit --out {tmp_path}`"
+    assert typed in text and "commit" in text
+    assert process.stdout.count("Written to ") == 1 and "fit.md, fit.csv" in process.stdout
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import folders
+from benchmarks.quality import recall
 from benchmarks.quality.__main__ import app
 from benchmarks.quality.recall import TensorRunner, configurations
 from benchmarks.quality.results import (
@@ -100,9 +102,13 @@ def test_configurations_are_a_product_and_what_is_said_besides(tmp_path):
 
 
 def _invoke(output, *arguments):
+    return _run("--output", str(output), *arguments)
+
+
+def _run(*arguments):
     base = "recall --documents 1 --lengths 500 --density sparse --asked 2/1/1 --ratios 5x"
-    chosen = "--methods highest-attention --budgets uniform --queries context-prefill --output"
-    return CliRunner().invoke(app, [*base.split(), *chosen.split(), str(output), *arguments])
+    chosen = "--methods highest-attention --budgets uniform --queries context-prefill"
+    return CliRunner().invoke(app, [*base.split(), *chosen.split(), *arguments])
 
 
 def test_command_measures_once(tmp_path, monkeypatch):
@@ -121,6 +127,26 @@ def test_command_measures_once(tmp_path, monkeypatch):
     monkeypatch.setattr(TensorRunner, "measure", again)
     assert _invoke(output).exit_code == 0
     assert isinstance(_invoke(output, "--fresh").exception, AssertionError)
+
+
+def test_command_goes_on_with_the_rows_of_the_folder_that_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "UNRECORDED", tmp_path / "out")
+    monkeypatch.setattr(folders, "RECORDED", tmp_path / "results")
+
+    def measure(console, setting, plan, ratios, store, commit):
+        store.add(replace(ROW, **asdict(setting), ratio=ratios[0]))
+
+    monkeypatch.setattr(recall, "_measure", measure)
+
+    def ratios(folder):
+        return [row.ratio for row in Store(tmp_path / folder / "quality.csv").rows]
+
+    assert _run("--ratios", "5x", "--record").exit_code == 0
+    assert not (tmp_path / "out").exists()
+    assert _run("--ratios", "10x").exit_code == 0
+    assert (ratios("results"), ratios("out")) == ([0.2], [0.1])
+    assert _run("--ratios", "20x", "--record").exit_code == 0
+    assert (ratios("results"), ratios("out")) == ([0.2, 0.05], [0.1])
 
 
 def test_command_refuses_nonsense(tmp_path):
