@@ -13,6 +13,9 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-$(ENGINE)
+# Tests run in so many processes, each on a core of its own; one at a time where they share a GPU.
+JOBS ?= $(if $(filter cuda,$(ENGINE)),1,$(shell nproc 2>/dev/null || echo 2))
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 SUITE_ARGS ?=
@@ -24,6 +27,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) ENGINE=$(ENGINE) (cpu|cuda)"
+	@echo "  JOBS=$(JOBS): processes that tests run in"
 	@echo "  PYTEST_ARGS, DEMO_ARGS and SUITE_ARGS are passed on; TORCH_INDEX_URL: a mirror of PyTorch's index"
 
 setup: $(STAMP) ## Create the environment: engine, this package (editable), development tools
@@ -43,10 +47,10 @@ demo: setup ## Run the demonstration
 	$(PY) -m benchmarks.demo $(DEMO_ARGS)
 
 test: setup ## Run all tests
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 test-fast: setup ## Run the tests that are not marked slow
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 gpu-suite: setup ## Run everything that needs a GPU: device tests, speed against peers
 	$(PY) -m benchmarks.gpu_suite $(SUITE_ARGS)

@@ -1,4 +1,4 @@
-"""Fixtures of all folders.
+"""Fixtures of all folders, and a core for each process that runs tests.
 
 Importing vLLM takes ten seconds, so it happens inside fixtures: tests of the plain parts stay
 instant when they run alone.
@@ -6,13 +6,32 @@ instant when they run alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_am.config import CONFIG_KEY
+
+def take_a_core(worker: str) -> None:
+    """Keep a process of ``pytest -n`` and all that it starts to one core, each to its own.
+
+    Engines that share cores wait for each other in every operator: two of them at once take ten
+    times as long. Before torch is imported, which starts its threads by these variables. Tests of
+    several ranks name the cores of their ranks themselves.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(worker.removeprefix("gw")) % len(cores)]
+    os.sched_setaffinity(0, {core})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
+
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    take_a_core(os.environ["PYTEST_XDIST_WORKER"])
+
+from vllm_am.config import CONFIG_KEY  # noqa: E402  (imports torch)
 
 
 @pytest.fixture(scope="session")

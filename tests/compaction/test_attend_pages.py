@@ -90,11 +90,20 @@ def attend_all(queries, kv, rows, layer, scale, kernel):
     return out
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "compiled"])
+@pytest.fixture(params=[0, 1, 3], ids=["torch", "compiled", "compiled-3-threads"])
 def kernel(request):
-    if request.param and library() is None:
+    """Whether the compiled kernel attends; it shares its work among torch's threads."""
+    if not request.param:
+        yield False
+        return
+    if library() is None:
         pytest.skip("no compiler")
-    return request.param
+    # Not torch.set_num_threads: an engine that ran in this process has made that a no-op.
+    before = torch.get_num_threads()
+    torch._C.set_num_threads(request.param)
+    assert torch.get_num_threads() == request.param
+    yield True
+    torch._C.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dim", [8, 20])
