@@ -103,21 +103,25 @@ def test_identity_with_budgets_file(tiny_model):
 def test_more_ranks_than_kv_heads(tmp_path):
     """Both ranks hold the only KV head of each layer, and both give it that head's share."""
     model = make_random_model(tmp_path / "one", kv_heads=1)
-    asks = [Ask(random_prompt(random.Random(i), 500), 20) for i in range(2)]
+    prompts = [random_prompt(random.Random(i), 500) for i in range(2)]
     budgets = {"L0H0": 5.0, "L1H0": 1.0, "L2H0": 0.0}
-    case = {
-        "model": str(model),
-        "asks": [asdict(ask) for ask in asks],
-        "options": {"tensor_parallel_size": 2},
-        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    }
     with driver.start(model) as engine:
-        stock = engine.run(asks)
-    for ratio in (1.0, 0.25):
-        options = {"ratio": ratio, "threshold": 256, "recent_tokens": 16, "budgets": budgets}
-        result = driver.run_case({**case, "kv_compaction": options})
-        assert result["compactions"] == 2 and not result["failures"]
-        assert (result["outputs"] == stock) == (ratio == 1)
+        stock = engine.run([Ask(prompt, 20) for prompt in prompts])
+    keep_all = {"kv_compaction_ratio": 1.0}
+    asks = [Ask(prompt, 20, more) for more in (keep_all, None) for prompt in prompts]
+    options = {"ratio": 0.25, "threshold": 256, "recent_tokens": 16, "budgets": budgets}
+    result = driver.run_case(
+        {
+            "model": str(model),
+            "asks": [asdict(ask) for ask in asks],
+            "kv_compaction": options,
+            "options": {"tensor_parallel_size": 2},
+            "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        }
+    )
+    assert result["compactions"] == 4 and not result["failures"]
+    assert [result["outputs"][str(i)] for i in range(2)] == [stock[str(i)] for i in range(2)]
+    assert [result["outputs"][str(2 + i)] for i in range(2)] != [stock[str(i)] for i in range(2)]
 
 
 def test_budgets_of_another_model_are_refused(tiny_model):
