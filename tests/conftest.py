@@ -31,7 +31,20 @@ def take_a_core(worker: str) -> None:
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     take_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
-from vllm_am.config import CONFIG_KEY  # noqa: E402  (imports torch)
+import torch  # noqa: E402
+
+from vllm_am.config import CONFIG_KEY  # noqa: E402
+
+#: Triton's switch to its interpreter, see ``tests/kernels/conftest.py``.
+INTERPRETER = "TRITON_INTERPRET"
+
+if not torch.cuda.is_available():
+    os.environ[INTERPRETER] = "1"
+
+
+def pytest_collection_finish() -> None:
+    if not torch.cuda.is_available():
+        os.environ.pop(INTERPRETER, None)
 
 
 @pytest.fixture(scope="session")

@@ -155,12 +155,12 @@ def families() -> Iterator[tuple[list[Contact], list[ast.ClassDef]]]:
     """Contacts that classes of ours have in common (a mixin, and what it is mixed into)."""
     todo = {contact.symbol for contact in SUBCLASSED}
     while todo:
-        family, grown = set(), {todo.pop()}
+        family, grown = set(), {min(todo)}
         while grown:
             family |= grown
+            todo -= grown
             nodes = [node for symbol in family for node in uses()[symbol].subclasses]
             grown = {s for s in todo for node in uses()[s].subclasses if node in nodes}
-            todo -= grown
         yield [TABLE[symbol] for symbol in sorted(family)], nodes
 
 
