@@ -232,27 +232,6 @@ def serve(engine: driver.Engine, tokens: int, ratio: float) -> tuple[Held, Held]
 
 
 @contextmanager
-def blocks_of_any_size() -> Iterator[None]:
-    """Let the CPU engine serve blocks of 16, as on a GPU.
-
-    vLLM's CPU kernel takes multiples of 32, and its backend says so. Ours inherits that, though its
-    plain torch takes any size.
-    """
-    from vllm.v1.attention.backend import MultipleOf
-
-    from vllm_am.engine.worker.attention_cpu import CompactionCPUBackend
-
-    inherited = CompactionCPUBackend.get_supported_kernel_block_sizes
-    CompactionCPUBackend.get_supported_kernel_block_sizes = staticmethod(
-        lambda spec: [MultipleOf(16)]
-    )
-    try:
-        yield
-    finally:
-        CompactionCPUBackend.get_supported_kernel_block_sizes = inherited
-
-
-@contextmanager
 def start(cases: Sequence[Case], budgets: Budgets, block_size: int) -> Iterator[driver.Engine]:
     """An engine for these cases, all of one shape."""
     shape, longest = cases[0], max(case.tokens for case in cases) + OUTPUT_TOKENS
@@ -275,7 +254,7 @@ def start(cases: Sequence[Case], budgets: Budgets, block_size: int) -> Iterator[
         # All of a fit in the step in which it is due.
         "layer_tokens_per_step": 1 << 40,
     }
-    with tempfile.TemporaryDirectory() as folder, blocks_of_any_size():
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model))
         with driver.start(
             Path(folder),

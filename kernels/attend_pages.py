@@ -8,52 +8,17 @@ and bfloat16, and for prefill chunks, which are matrix products.
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vllm_am.compaction.attend_pages import PagedRow
 from vllm_am.compaction.pages import PagedKV
-from vllm_am.kernels.native import SOURCES
-
-logger = logging.getLogger(__name__)
+from vllm_am.kernels.cpu_library import FUNCTIONS, library
 
 #: Rows with more new tokens than this are attended to faster as matrix products.
 MOST_NEW = 8
-
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fPIC",
-    "-shared",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-
-#: By torch's name of what this CPU can do.
-VECTOR_FLAGS = {
-    "AVX512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ],
-    "AVX2": ["-mavx2", "-mfma"],
-}
-
-FUNCTIONS = {torch.float32: "attend_pages_float32", torch.bfloat16: "attend_pages_bfloat16"}
 
 
 class _Batch(ctypes.Structure):
@@ -137,52 +102,3 @@ class PageAttention:
             self.kv.layer_bases[layer],
             scale,
         )
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled code, or None: ``VLLM_AM_NATIVE=off``, or it does not compile here."""
-    if os.environ.get("VLLM_AM_NATIVE") == "off":
-        return None
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        logger.warning("attention on the CPU: no g++ (or $CXX), plain torch takes its place")
-        return None
-    try:
-        compiled = ctypes.CDLL(str(_compile(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.warning("attention on the CPU: plain torch, as this does not compile: %s", reason)
-        return None
-    for name in FUNCTIONS.values():
-        function = getattr(compiled, name)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = (
-            *(pointer, pointer, number, pointer, number, number, number),
-            ctypes.c_float,
-        )
-        function.restype = None
-    return compiled
-
-
-def _compile(compiler: str) -> Path:
-    """Into the user's cache, by all that the result depends on.
-
-    Raises:
-        OSError, subprocess.CalledProcessError: no place to write to, or no working compiler.
-    """
-    source = SOURCES / "attend_pages.cpp"
-    flags = [*FLAGS, *VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
-    identity = b"\0".join([source.read_bytes(), " ".join(flags).encode(), version])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vllm-am")
-    target = cache / f"attend_pages-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        # Workers may come here together: each compiles a file of its own, and the last one stays.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder, target.name)
-            command = [compiler, *flags, str(source), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            built.replace(target)
-    return target

@@ -81,6 +81,22 @@ def budgets(
     console.print(f"wrote {out}" + (f" and {picture}" if picture else ""))
 
 
+@app.command()
+def build() -> None:
+    """Compile the attention kernel of CPUs now, into the cache folder where servers look for it.
+
+    For images, which need no compiler then: run it as the user that serves, on the kind of CPU that
+    serves. `XDG_CACHE_HOME` names another cache folder.
+    """
+    from vllm_am.kernels.cpu_library import load
+
+    found = load()
+    if found.code is None:
+        console.print(f"not built: {found.says}")
+        raise typer.Exit(1)
+    console.print(f"built: {found.says}")
+
+
 def load_documents(path: Path, tokenizer: Any, most: int) -> list[Any]:
     """Documents of a JSON-lines or a text file, tokenized.
 

@@ -10,7 +10,8 @@ from vllm_am.compaction import attend_pages as module
 from vllm_am.compaction.attend import attend, causal_mask
 from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
 from vllm_am.compaction.pages import PagedKV
-from vllm_am.kernels.attend_pages import MOST_NEW, PageAttention, library
+from vllm_am.kernels.attend_pages import MOST_NEW, PageAttention
+from vllm_am.kernels.cpu_library import library
 
 LAYERS, BLOCKS, BLOCK = 2, 40, 4
 
@@ -190,30 +191,6 @@ def test_what_the_compiled_kernel_takes(monkeypatch):
     assert PageAttention.takes(few, kv) == (library() is not None)
     assert not PageAttention.takes(many, kv), "a prefill chunk: matrix products"
     assert not PageAttention.takes(few, half), "torch knows how"
-
-
-@pytest.mark.parametrize("broken", ["off", "no compiler", "an error", "no place"])
-def test_plain_torch_where_nothing_can_be_compiled(broken, monkeypatch, tmp_path, caplog):
-    library.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if broken == "off":
-        monkeypatch.setenv("VLLM_AM_NATIVE", "off")
-    elif broken == "no place":
-        tmp_path.joinpath("vllm-am").touch()
-    else:
-        compiler = tmp_path / "compiler"
-        if broken == "an error":
-            compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo no AVX >&2; exit 1; }\n')
-            compiler.chmod(0o755)
-        monkeypatch.setenv("CXX", str(compiler))
-    try:
-        assert library() is None
-        assert not PageAttention.takes(PagedRow(0, 1, torch.arange(1), 1, None), make_cache(2, 8))
-    finally:
-        library.cache_clear()
-    said = caplog.text
-    assert ("plain torch" in said) == (broken != "off")
-    assert ("no AVX" in said) == (broken == "an error")
 
 
 def test_groups_waste_little_and_stay_small(monkeypatch):

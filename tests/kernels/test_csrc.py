@@ -33,7 +33,7 @@ from tests.compaction.test_fit_bias import (
 )
 from vllm_am.compaction import fit_bias
 from vllm_am.compaction.fit_bias import MAX_ITERATIONS, TOLERANCE, BoxSolution
-from vllm_am.kernels import attend_pages
+from vllm_am.kernels import cpu_library
 from vllm_am.kernels.native import SOURCES, read_source
 from vllm_am.kernels.solve_box import vector_bytes, workspace_bytes
 
@@ -342,12 +342,12 @@ def test_source_is_in_one_piece():
     assert source.count("class BlockTeam") == 1
 
 
-@pytest.mark.parametrize("vectors", ["DEFAULT", *attend_pages.VECTOR_FLAGS])
+@pytest.mark.parametrize("vectors", ["DEFAULT", *cpu_library.VECTOR_FLAGS])
 def test_attention_on_the_cpu_compiles_without_a_warning(vectors, tmp_path):
     """For CPUs other than this one, too."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no g++")
-    flags = [*attend_pages.FLAGS, *attend_pages.VECTOR_FLAGS.get(vectors, [])]
+    flags = [*cpu_library.FLAGS, *cpu_library.VECTOR_FLAGS.get(vectors, [])]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     source = SOURCES / "attend_pages.cpp"
     subprocess.run([compiler, *flags, *warnings, source, "-o", tmp_path / "a.so"], check=True)

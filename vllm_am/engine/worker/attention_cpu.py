@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -28,7 +30,9 @@ from vllm_am.compaction.attend_pages import PagedRow, PagedRows, attend_pages, g
 from vllm_am.engine.worker.plain_layer import PlainLayer
 from vllm_am.engine.worker.state import CompactedSequence, WorkerState, worker_state
 from vllm_am.kernels.attend_pages import PageAttention
-from vllm_am.kernels.attend_pages import library as compiled_kernel
+from vllm_am.kernels.cpu_library import load as load_kernel
+
+logger = init_logger("vllm.kv_compaction")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,15 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         self.query_heads = vllm_config.model_config.get_num_attention_heads(
             vllm_config.parallel_config
         )
-        compiled_kernel()  # now, and not while the first request waits
+        kernel = load_kernel()  # now, and not while the first request waits
+        if kernel.code is not None:
+            logger.info_once("KV compaction: attention by the compiled kernel (%s)", kernel.says)
+        else:
+            logger.warning_once(
+                "KV compaction: attention by plain torch, several times slower than the compiled "
+                "kernel (%s)",
+                kernel.says,
+            )
 
     def build(
         self,
@@ -182,6 +194,11 @@ class CompactionCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[CompactionMetadataBuilder]:
         return CompactionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        # vLLM's own kernel needs multiples of 32, ours takes pages of any size.
+        return [MultipleOf(16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
