@@ -91,6 +91,13 @@ def test_ratio_is_rounded_up(ratio, T, slots):
     assert compact(keys, values, queries, ratio=ratio).lengths.tolist() == [slots] * 2
 
 
+def test_ratio_may_be_a_factor():
+    keys, values, queries = torch.randn(3, 2, 40, 8)
+    assert compact(keys, values, queries, ratio="20x").lengths.tolist() == [2] * 2
+    with pytest.raises(ValueError, match=r"ratio: .*such as 10x.*'20'"):
+        compact(keys, values, queries, ratio="20")
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_ragged_budgets(method):
     keys, values, queries = random_problem(5, 40, 300, 64)

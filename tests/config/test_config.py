@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import fields
@@ -17,6 +18,7 @@ from vllm_am.config import (
     Threshold,
     parse_ratio,
     parse_threshold,
+    shown,
 )
 
 
@@ -80,7 +82,18 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "method": (["highest-attention"], ["omp-typo", "", None, 1, []], "highest-attention"),
     "budgets": (
         ["uniform", "global", {"L0H0": 0.5, "L11H7": 0}],
-        ["globl", "", {}, {"L0H0": -1.0}, {"L0H0": True}, {"H0": 0.1}, {"L0H0": math.nan}, 3, None],
+        [
+            "globl",
+            "",
+            {},
+            {"L0H0": -1.0},
+            {"L0H0": True},
+            {"H0": 0.1},
+            {"L0H0": math.nan},
+            {"L00H0": 1},
+            3,
+            None,
+        ],
         "",
     ),
     "reference_queries": ([1, 50000], [0, -1, 1.5, "8192", True, None], ">= 1"),
@@ -120,11 +133,33 @@ def test_every_field_is_in_the_table():
     assert set(FIELDS) == {field.name for field in fields(CompactionConfig)}
 
 
+#: What an option needs beside it, to have an effect.
+NEEDS = {
+    "instruction": {"queries": "repeat-prefill"},
+    "starters": {"queries": {"self-study": 0.5, "context-rotated": 0.5}},
+    "self_study_tokens": {"queries": "self-study"},
+    "prompts_tokens": {"queries": "prompts", "prompts_file": "questions.txt"},
+    "pass_tokens": {"queries": "self-study"},
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_option_without_effect_is_refused(name):
+    """It is about the passes of a source that is not asked for."""
+    good = FIELDS[name][0][0]
+    CompactionConfig.from_dict({name: good, **NEEDS[name]})
+    CompactionConfig.from_dict({name: getattr(CompactionConfig(), name)})  # what is sent around
+    with pytest.raises(CompactionConfigError, match="has no effect") as error:
+        CompactionConfig.from_dict({name: good})
+    message = str(error.value)
+    assert message.startswith(f"--kv-compaction-config {name}=") and "drop it" in message
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, (good, _, _) in FIELDS.items() for value in good]
 )
 def test_good_value_survives_a_json_round_trip(name, value):
-    config = CompactionConfig.from_dict({name: value})
+    config = CompactionConfig.from_dict({name: value, **NEEDS.get(name, {})})
     sent = json.loads(json.dumps(config.to_dict()))
     assert CompactionConfig.from_dict(sent) == config
     if value != "5x":
@@ -156,6 +191,11 @@ def test_budgets_file_is_read_once(tmp_path):
     config.check_heads(layers=1, kv_heads=2)
     with pytest.raises(CompactionConfigError, match="L0H1 does not exist"):
         config.check_heads(layers=1, kv_heads=1)
+    with pytest.raises(CompactionConfigError, match="L1H0 and 1 more of the model's 4 heads"):
+        config.check_heads(layers=2, kv_heads=2)
+    path.write_text('{"L0H0": 0.75, "L0H0": 0.25}')
+    with pytest.raises(CompactionConfigError, match="'L0H0' is there twice"):
+        CompactionConfig.from_dict({"budgets": str(path)})
 
 
 @pytest.mark.parametrize("options", ["attention-matching", True, 0.1, ["ratio"]], ids=repr)
@@ -274,6 +314,10 @@ def test_request_overrides(extra, expected):
     assert RequestOverrides.from_extra_args(extra) == expected
 
 
+def _short(value) -> str:
+    return shown(value)[:40]
+
+
 #: Also used where requests enter (test_request_params.py): extra_args, the field to be named.
 BAD_REQUESTS = [
     ({"kv_compaction": "maybe"}, "kv_compaction"),
@@ -286,10 +330,16 @@ BAD_REQUESTS = [
     ({"kv_compaction_threshold": "80%"}, "kv_compaction_threshold"),
     ({"kv_compaction_threshold": 1.5}, "kv_compaction_threshold"),
     ({"kv_compaction_rate": 0.1}, "kv_compaction_rate"),
+    ({"kv-compaction": "off"}, "kv-compaction"),
+    ({"KV_COMPACTION": "off"}, "KV_COMPACTION"),
+    ({"kvCompaction_ratio": 0.1}, "kvCompaction_ratio"),
+    ({"kv_compaction_ratio": True}, "kv_compaction_ratio"),
+    ({"kv_compaction_threshold": True}, "kv_compaction_threshold"),
+    ({"kv_compaction_threshold": 10**5000}, "kv_compaction_threshold"),
 ]
 
 
-@pytest.mark.parametrize(("extra", "field"), BAD_REQUESTS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("extra", "field"), BAD_REQUESTS, ids=_short)
 def test_bad_request_override_names_the_field(extra, field):
     with pytest.raises(CompactionConfigError) as error:
         RequestOverrides.from_extra_args(extra)
@@ -297,3 +347,23 @@ def test_bad_request_override_names_the_field(extra, field):
     assert message.startswith((f"{field}=", f"{field}:"))
     assert "--" not in message  # a field of the request, not a flag of the server
     assert "expected" in message or "the fields are" in message
+
+
+LONG = {
+    "text": "x" * 10_000,
+    "digits": 10**5000,
+    "list": [1] * 10_000,
+    "deep": functools.reduce(lambda inner, _: [inner], range(5_000), 0),
+}
+
+
+@pytest.mark.parametrize("value", LONG.values(), ids=LONG.keys())
+@pytest.mark.parametrize("field", ["kv_compaction", "kv_compaction_ratio"])
+def test_a_message_repeats_little_of_a_value(field, value):
+    """A file that was pasted says nothing, and some values cannot even be written."""
+    with pytest.raises(CompactionConfigError) as error:
+        RequestOverrides.from_extra_args({field: value})
+    assert len(str(error.value)) < 500 and str(error.value).startswith(f"{field}=")
+    with pytest.raises(CompactionConfigError) as error:
+        CompactionConfig.from_dict({"method": value})
+    assert "the methods are" in str(error.value) and len(str(error.value)) < 500

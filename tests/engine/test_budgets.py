@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.engine]
 
 OPTIONS = {"ratio": 0.4, "threshold": 512, "recent_tokens": 64}
 LAYERS, HEADS = 3, 2
+EVEN = {f"L{layer}H{head}": 1.0 for layer in range(LAYERS) for head in range(HEADS)}
 
 
 def _serve(model, budgets, **options):
@@ -60,10 +61,9 @@ def test_blocks_are_the_sum_of_the_budgets(tiny_model, tmp_path):
 BUDGETS = {
     "uniform": "uniform",
     "global": "global",
-    "zeros": {f"L{layer}H{head}": float(layer == head) for layer in range(3) for head in range(2)},
-    "one hot head": {f"L{layer}H{head}": 1.0 for layer in range(3) for head in range(2)}
-    | {"L1H1": 40.0},
-    "file of one head": {"L2H0": 1.0},
+    "zeros": dict.fromkeys(EVEN, 0.0) | {"L0H0": 1.0, "L1H1": 1.0},
+    "one hot head": EVEN | {"L1H1": 40.0},
+    "one head": dict.fromkeys(EVEN, 0.0) | {"L2H0": 1.0},
 }
 
 
@@ -93,7 +93,7 @@ def test_identity_with_budgets_file(tiny_model):
     ask = Ask(random_prompt(random.Random(1), 600), 20)
     with driver.start(tiny_model) as engine:
         stock = engine.run([ask])
-    options = {"ratio": 1.0, "threshold": 256, "budgets": {"L0H0": 5.0, "L2H1": 0.0}}
+    options = {"ratio": 1.0, "threshold": 256, "budgets": {**EVEN, "L0H0": 5.0, "L2H1": 0.0}}
     with driver.start(tiny_model, options) as engine:
         assert engine.run([ask]) == stock
         assert engine.totals.compactions == 1
@@ -124,12 +124,19 @@ def test_more_ranks_than_kv_heads(tmp_path):
     assert [result["outputs"][str(2 + i)] for i in range(2)] != [stock[str(i)] for i in range(2)]
 
 
-def test_budgets_of_another_model_are_refused(tiny_model):
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"L3H0": 1.0}, r"L3H0 does not exist.*3 layers x 2 KV heads"),
+        ({"L0H0": 1.0, "L2H1": 1.0}, r"L0H1 and 3 more of the model's 6 heads have no share"),
+    ],
+    ids=["another-model", "some-heads"],
+)
+def test_budgets_of_other_heads_are_refused(tiny_model, budgets, message):
     from vllm_am.config import CompactionConfigError
 
-    options = {**OPTIONS, "budgets": {"L3H0": 1.0}}
     with (
-        pytest.raises(CompactionConfigError, match=r"L3H0 does not exist.*3 layers x 2 KV heads"),
-        driver.start(tiny_model, options),
+        pytest.raises(CompactionConfigError, match=message),
+        driver.start(tiny_model, {**OPTIONS, "budgets": budgets}),
     ):
         pass

@@ -13,11 +13,14 @@ from vllm_am.config import Threshold
 from vllm_am.engine.footprint import Footprint, slots_for
 
 
-def make_footprint(threshold: int | float = 512, **changes) -> Footprint:
+def make_footprint(threshold: int | float | Threshold = 512, **changes) -> Footprint:
     """A threshold in tokens (int) or as a share of the pool (float)."""
-    by_tokens = isinstance(threshold, int)
+    if isinstance(threshold, int):
+        threshold = Threshold(tokens=threshold)
+    elif isinstance(threshold, float):
+        threshold = Threshold(pool_share=threshold)
     options = {
-        "threshold": Threshold(tokens=threshold) if by_tokens else Threshold(pool_share=threshold),
+        "threshold": threshold,
         "block_size": 16,
         "recent_tokens": 64,
         "min_span_tokens": 256,
@@ -65,3 +68,48 @@ def test_peak_is_the_whole_sequence_where_compaction_frees_nothing():
     # At 0.99 a span gives a block back from 100 blocks on: never, if spans are shorter.
     assert make_footprint(max_span_tokens=1024).peak_tokens(0.99, 100_000) == 100_000
     assert make_footprint().peak_tokens(0.1, 100_000) < 20_000
+
+
+#: Options, ratio, longest sequence, whether it is ever compacted. Blocks of 16, one protected.
+USES = {
+    "default-like": ({}, 0.1, 1024, True),
+    "threshold-not-reached": ({}, 0.1, 512, False),
+    "recent-take-all": ({"recent_tokens": 1000}, 0.1, 1024, False),
+    "recent-leave-two-blocks": ({"recent_tokens": 976}, 0.1, 1024, True),
+    "recent-leave-one-block": ({"recent_tokens": 990}, 0.1, 1024, False),
+    "protected-take-all": ({"protected_tokens": 1024}, 0.1, 1024, False),
+    "spans-of-one-block": ({"max_span_tokens": 16}, 0.1, 1024, False),
+    "nothing-comes-free": ({}, 0.99, 1024, False),
+    "something-comes-free": ({}, 0.99, 4096, True),
+    "everything-is-kept": ({}, 1.0, 1024, True),
+    "share-of-the-pool": ({"threshold": Threshold(pool_share=0.5)}, 0.1, 1024, True),
+    "span-too-short-for-a-share": (
+        {"threshold": Threshold(pool_share=0.5), "min_span_tokens": 960},
+        0.1,
+        1024,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USES.values(), ids=USES.keys())
+def test_whether_anything_is_ever_compacted(case):
+    options, ratio, tokens, expected = case
+    assert make_footprint(**options).compacts(ratio, tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("block_size", "threshold", "ratio", "reached"),
+    [
+        (16, 4096, 0.1, (9.6, 10.0)),
+        (128, 4096, 0.1, (7.8, 10.0)),
+        (128, 4096, 0.02, (25.5, 50.0)),  # 6,400 tokens fill a block, 6,528 take another
+        # A short span: whatever is asked for, a block is held of it.
+        (32, 160, 0.02, (2.0, 50.0)),
+        (32, 160, 0.1, (2.0, 10.0)),
+        (32, 160, 0.5, (1.5, 2.0)),
+    ],
+)
+def test_what_a_ratio_becomes_in_whole_blocks(block_size, threshold, ratio, reached):
+    footprint = make_footprint(threshold, block_size=block_size, protected_tokens=block_size)
+    assert footprint.reached(ratio) == pytest.approx(reached, abs=0.06)

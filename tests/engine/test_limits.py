@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_am.config import CompactionConfig, Threshold
+from vllm_am.config import CompactionConfig, CompactionConfigError, Threshold
 
 
 @pytest.fixture
@@ -78,3 +78,30 @@ def test_protected_prefix_is_whole_blocks(limits):
 def test_step_work_bound(limits):
     assert limits(layer_tokens_per_step=36 * 1000).step_work == 1000
     assert limits(layer_tokens_per_step=1).step_work == 16, "one block at least"
+
+
+#: Options, and the option that the refusal names. Sequences of up to 2,048 tokens, blocks of 16.
+USELESS = {
+    "recent": ({"recent_tokens": 2030}, "--kv-compaction-config recent_tokens=2030", "lower it"),
+    "protected": ({"protected_tokens": 2000}, "config protected_tokens=2000", "lower it"),
+    "long-span": (
+        {"threshold": "50%", "min_span_tokens": 2000},
+        "config min_span_tokens=2000",
+        "lower it",
+    ),
+    "short-span": (
+        {"min_span_tokens": 16, "max_span_tokens": 16},
+        "config max_span_tokens=16",
+        "raise it",
+    ),
+    "ratio": ({"ratio": 0.995}, "--kv-compaction-ratio=0.995", "lower it"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS.values(), ids=USELESS.keys())
+def test_options_by_which_nothing_is_ever_compacted(engine_config, case):
+    """Refused at startup: served silently they would be no compaction at all."""
+    options, named, fix = case
+    with pytest.raises(CompactionConfigError, match="could ever be compacted") as error:
+        engine_config(options)
+    assert named in str(error.value) and str(error.value).endswith(fix)

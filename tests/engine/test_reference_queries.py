@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.engine]
 #: Every key kept, so that outputs must be stock vLLM's whatever the queries are.
 IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
 PROMPTS = {"prompts": [[7, 8, 9], [11, 12, 13, 14]]}
-WRITING = {"self_study_tokens": 12, "prompts_tokens": 6, "starters": ["w5 w6", "w7"]}
+WRITING = {"self_study_tokens": 12, "starters": ["w5 w6", "w7"]}
 SOURCES = {
     "repeat": {"queries": "repeat-prefill", "pass_tokens": 128},
     "self-study": {"queries": "self-study", **WRITING},
-    "prompts": {"queries": "prompts", "reference_prompts": PROMPTS, **WRITING},
+    "prompts": {"queries": "prompts", "reference_prompts": PROMPTS, "prompts_tokens": 6},
     "random": {"queries": "random"},
     "on-policy": {"queries": {"repeat-prefill": 1, "self-study": 1}, "on_policy": True, **WRITING},
     "mixture": {

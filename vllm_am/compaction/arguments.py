@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_am.compaction.methods import METHODS, Method
+from vllm_am.compaction.ratio import share_kept
 
 
 def check_arguments(
@@ -63,16 +64,18 @@ def check_arguments(
 
 
 def check_budgets(
-    ratio: float | None, budget: int | Tensor | None, heads: int, columns: int
+    ratio: float | str | None, budget: int | Tensor | None, heads: int, columns: int
 ) -> Tensor:
     """[H] int64, from exactly one of the two."""
     if (ratio is None) == (budget is None):
         raise ValueError("ratio, budget: exactly one of the two is needed")
     if ratio is not None:
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
+        try:
+            share = share_kept(ratio)
+        except ValueError as error:
+            raise ValueError(f"ratio: {error}; got {ratio!r}") from None
         # 0.07 * 100 is 7.000000000000001 in binary and must not become 8.
-        slots = max(1, math.ceil(round(ratio * columns, 6))) if columns else 0
+        slots = max(1, math.ceil(round(share * columns, 6))) if columns else 0
         return torch.full((heads,), slots, dtype=torch.int64)
     if isinstance(budget, Tensor):
         if budget.is_floating_point() or budget.is_complex() or budget.dtype == torch.bool:

@@ -37,7 +37,7 @@ def compact(
     values: Tensor,
     queries: Tensor | None,
     *,
-    ratio: float | None = None,
+    ratio: float | str | None = None,
     budget: int | Tensor | None = None,
     method: str = "highest-attention",
     scale: float | None = None,
@@ -57,7 +57,8 @@ def compact(
         keys: [H, T, D] and values: [H, T, Dv], as stored in the cache (after RoPE).
         queries: [H, N, D], reference queries, those of a GQA group pooled. All see all keys.
             None or N = 0 if nothing has to be fitted.
-        ratio: share of the keys to keep, 0 < ratio <= 1; ceil(ratio * T) slots per head.
+        ratio: share of the keys to keep, 0 < ratio <= 1, or a factor such as ``"20x"``;
+            ceil(ratio * T) slots per head.
         budget: instead of a ratio, slots to keep per head, one number or [H], each in [0, T].
         method: a name in ``METHODS``.
         scale: of the scores, default 1 / sqrt(D).

@@ -8,11 +8,13 @@ once, then passed around as a whole. Imports no vLLM.
 from __future__ import annotations
 
 from vllm_am.config.budgets import BUDGETS, parse_budgets
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.errors import CompactionConfigError, shown
+from vllm_am.config.json_text import parse_json
 from vllm_am.config.options import CompactionConfig
 from vllm_am.config.queries import PASS_SOURCES, QUERY_SOURCES, STARTERS
 from vllm_am.config.ratio_threshold import (
     DEFAULT_THRESHOLD_TOKENS,
+    LEAST_RATIO,
     Threshold,
     parse_ratio,
     parse_threshold,
@@ -26,6 +28,7 @@ __all__ = [
     "BUDGETS",
     "CONFIG_KEY",
     "DEFAULT_THRESHOLD_TOKENS",
+    "LEAST_RATIO",
     "PASS_SOURCES",
     "QUERY_SOURCES",
     "STARTERS",
@@ -34,6 +37,8 @@ __all__ = [
     "RequestOverrides",
     "Threshold",
     "parse_budgets",
+    "parse_json",
     "parse_ratio",
     "parse_threshold",
+    "shown",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.errors import CompactionConfigError, shown
+from vllm_am.config.json_text import parse_json
 
 #: How the pages of a compacted span are divided among the heads, where no file says it.
 BUDGETS = ("uniform", "global")
+#: Name of a KV head; one for each, so no leading zeros.
+HEAD = re.compile(r"L(0|[1-9]\d*)H(0|[1-9]\d*)")
 
 
 def parse_budgets(value: Any, name: str = "--kv-compaction-config budgets") -> Any:
@@ -29,22 +31,23 @@ def parse_budgets(value: Any, name: str = "--kv-compaction-config budgets") -> A
     shares: Any = value
     if isinstance(value, str):
         try:
-            shares = json.loads(Path(value).read_text())
+            shares = parse_json(Path(value).read_text())
         except (OSError, ValueError) as error:
             raise CompactionConfigError(
-                f"{name}={value!r}: expected {', '.join(BUDGETS)} or the path of a JSON file "
+                f"{name}={shown(value)}: expected {', '.join(BUDGETS)} or the path of a JSON file "
                 f"({error})"
             ) from None
     if not isinstance(shares, Mapping) or not shares:
         raise CompactionConfigError(
-            f'{name}={value!r}: expected an object of shares such as {{"L0H0": 0.01, ...}}'
+            f'{name}={shown(value)}: expected an object of shares such as {{"L0H0": 0.01, ...}}'
         )
     for key, share in shares.items():
         number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not re.fullmatch(r"L\d+H\d+", str(key)) or not number or not 0 <= share < math.inf:
+        if not HEAD.fullmatch(str(key)) or not number or not 0 <= share < math.inf:
             raise CompactionConfigError(
-                f"{name}={value!r}: {key!r}: {share!r}, expected L<layer>H<KV head>: share >= 0"
+                f"{name}={shown(value)}: {shown(key)}: {shown(share)}, expected "
+                "L<layer>H<KV head>: share >= 0, such as L0H0: 0.01"
             )
     if not any(shares.values()):
-        raise CompactionConfigError(f"{name}={value!r}: all shares are zero")
+        raise CompactionConfigError(f"{name}={shown(value)}: all shares are zero")
     return dict(shares)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_am.compaction import METHODS
 from vllm_am.config.budgets import parse_budgets
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.queries import (
     PASS_SOURCES,
     STARTERS,
@@ -22,6 +22,15 @@ from vllm_am.config.ratio_threshold import (
     parse_ratio,
     parse_threshold,
 )
+
+#: Options that are about the passes of certain query sources.
+_OF_SOURCES = {
+    "instruction": ("repeat-prefill",),
+    "starters": ("self-study",),
+    "self_study_tokens": ("self-study",),
+    "prompts_tokens": ("prompts",),
+    "pass_tokens": PASS_SOURCES,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class CompactionConfig:
         if not isinstance(options, Mapping):
             raise CompactionConfigError(
                 f"--kv-compaction-config: expected an object of options such as "
-                f'{{"ratio": 0.1}}, got {options!r}'
+                f'{{"ratio": 0.1}}, got {shown(options)}'
             )
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(options) - set(known))
@@ -119,7 +128,7 @@ class CompactionConfig:
     def _validate(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise CompactionConfigError(
-                f"--kv-compaction-config method={self.method!r}: the methods are "
+                f"--kv-compaction-config method={shown(self.method)}: the methods are "
                 f"{', '.join(sorted(METHODS))}"
             )
         whole = {
@@ -139,7 +148,8 @@ class CompactionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise CompactionConfigError(
-                    f"--kv-compaction-config {name}={value!r}: expected a whole number >= {least}"
+                    f"--kv-compaction-config {name}={shown(value)}: expected a whole number "
+                    f">= {least}"
                 )
         for name, low, high in (("query_pool_share", 0.0, 1.0), ("heldout_share", 0.0, 0.5)):
             value = getattr(self, name)
@@ -149,7 +159,7 @@ class CompactionConfig:
                 or not low <= value <= high
             ):
                 raise CompactionConfigError(
-                    f"--kv-compaction-config {name}={value!r}: expected a number in "
+                    f"--kv-compaction-config {name}={shown(value)}: expected a number in "
                     f"[{low:g}, {high:g}]"
                 )
         bound = self.max_error
@@ -159,7 +169,7 @@ class CompactionConfig:
             or not 0 < bound < math.inf
         ):
             raise CompactionConfigError(
-                f"--kv-compaction-config max_error={bound!r}: expected a relative error > 0 "
+                f"--kv-compaction-config max_error={shown(bound)}: expected a relative error > 0 "
                 "such as 0.3, or null for no bound"
             )
         if self.min_span_tokens > self.max_span_tokens:
@@ -173,7 +183,7 @@ class CompactionConfig:
         """The texts of the query sources, and that each is of use."""
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise CompactionConfigError(
-                f"--kv-compaction-config instruction={self.instruction!r}: expected some text"
+                f"--kv-compaction-config instruction={shown(self.instruction)}: expected some text"
             )
         starters = self.starters
         if (
@@ -182,40 +192,48 @@ class CompactionConfig:
             or not all(isinstance(text, str) and text.strip() for text in starters)
         ):
             raise CompactionConfigError(
-                f"--kv-compaction-config starters={starters!r}: expected a list of texts"
+                f"--kv-compaction-config starters={shown(starters)}: expected a list of texts"
             )
         if self.prompts_file is not None and (
             not isinstance(self.prompts_file, str) or not self.prompts_file
         ):
             raise CompactionConfigError(
-                f"--kv-compaction-config prompts_file={self.prompts_file!r}: expected the path of "
-                "a text file with one typical question per line"
+                f"--kv-compaction-config prompts_file={shown(self.prompts_file)}: expected the "
+                "path of a text file with one typical question per line"
             )
         asked, given = self.query_fractions, self.reference_prompts or {}
+        for name, sources in _OF_SOURCES.items():
+            default = next(f.default for f in fields(self) if f.name == name)
+            if getattr(self, name) != default and not set(sources) & set(asked):
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={shown(getattr(self, name))}: has no effect "
+                    f"without {' or '.join(sources)} among the queries, which are "
+                    f"{shown(self.queries)}; drop it, or add that"
+                )
         if "prompts" in asked and self.prompts_file is None and "prompts" not in given:
             raise CompactionConfigError(
-                f"--kv-compaction-config queries={self.queries!r}: prompts needs prompts_file, a "
-                "text file with one typical question per line"
+                f"--kv-compaction-config queries={shown(self.queries)}: prompts needs "
+                "prompts_file, a text file with one typical question per line"
             )
         if self.prompts_file is not None and "prompts" not in asked:
             raise CompactionConfigError(
-                f"--kv-compaction-config prompts_file={self.prompts_file!r}: has no effect "
+                f"--kv-compaction-config prompts_file={shown(self.prompts_file)}: has no effect "
                 'without queries "prompts" (or a mixture with it); add that'
             )
         if not isinstance(self.on_policy, bool):
             raise CompactionConfigError(
-                f"--kv-compaction-config on_policy={self.on_policy!r}: expected true or false"
+                f"--kv-compaction-config on_policy={shown(self.on_policy)}: expected true or false"
             )
         if self.on_policy and not self.pass_fraction:
             raise CompactionConfigError(
-                f"--kv-compaction-config on_policy={self.on_policy!r}: has no effect without a "
-                f"query source that reads texts ({', '.join(PASS_SOURCES)}); queries is "
-                f"{self.queries!r}"
+                f"--kv-compaction-config on_policy={shown(self.on_policy)}: has no effect without "
+                f"a query source that reads texts ({', '.join(PASS_SOURCES)}); queries is "
+                f"{shown(self.queries)}"
             )
         if unused := sorted(set(given) - set(asked)):
             raise CompactionConfigError(
-                f"--kv-compaction-config reference_prompts={self.reference_prompts!r}: "
-                f"{unused[0]} has no effect, queries is {self.queries!r}"
+                f"--kv-compaction-config reference_prompts={shown(self.reference_prompts)}: "
+                f"{unused[0]} has no effect, queries is {shown(self.queries)}"
             )
 
     @property
@@ -234,10 +252,10 @@ class CompactionConfig:
         return sum(f for source, f in self.query_fractions.items() if source in PASS_SOURCES)
 
     def check_heads(self, layers: int, kv_heads: int) -> None:
-        """The heads of a budgets file are the model's.
+        """The heads of a budgets file are the model's, all of them.
 
         Raises:
-            CompactionConfigError: naming the first head that the model does not have.
+            CompactionConfigError: naming the first head that the model or the file does not have.
         """
         if isinstance(self.budgets, str):
             return
@@ -248,6 +266,12 @@ class CompactionConfig:
                     f"--kv-compaction-config budgets: {key} does not exist in this model of "
                     f"{layers} layers x {kv_heads} KV heads; use a budgets file made for it"
                 )
+        every = [f"L{layer}H{head}" for layer in range(layers) for head in range(kv_heads)]
+        if missing := [key for key in every if key not in self.budgets]:
+            raise CompactionConfigError(
+                f"--kv-compaction-config budgets: {missing[0]} and {len(missing) - 1} more of the "
+                f"model's {len(every)} heads have no share; give every head one, 0 to keep nothing"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable, accepted by :meth:`from_dict`; what travels to every vLLM process."""
@@ -269,11 +293,17 @@ class CompactionConfig:
                     f"--kv-compaction-threshold={threshold.tokens}: not below --max-model-len "
                     f"({max_model_len}), so no sequence would ever be compacted; lower it"
                 )
-            exact = self.recent_tokens + self.protected_tokens + 2 * block_size
-            if threshold.tokens < exact:
-                raise CompactionConfigError(
-                    f"--kv-compaction-threshold={threshold.tokens}: below the {exact} tokens that "
-                    f"stay exact (recent_tokens + protected_tokens + two blocks of {block_size}); "
-                    f"raise it, or lower recent_tokens in --kv-compaction-config"
-                )
+            self.check_threshold(threshold.tokens, block_size)
         return threshold
+
+    def check_threshold(
+        self, tokens: int, block_size: int, name: str = "--kv-compaction-threshold"
+    ) -> None:
+        """Raises :class:`CompactionConfigError` for a threshold below what stays exact anyway."""
+        exact = self.recent_tokens + self.protected_tokens + 2 * block_size
+        if tokens < exact:
+            raise CompactionConfigError(
+                f"{name}={tokens}: below the {exact} tokens that stay exact (recent_tokens + "
+                f"protected_tokens + two blocks of {block_size}); raise it, or lower recent_tokens "
+                "in --kv-compaction-config"
+            )

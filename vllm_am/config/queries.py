@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.errors import CompactionConfigError, shown
 
 #: Sources of reference queries that need passes through the model behind the context.
 PASS_SOURCES = ("repeat-prefill", "self-study", "prompts")
@@ -41,12 +41,12 @@ def parse_queries(
     )
     if not good or not shares:
         raise CompactionConfigError(
-            f"{name}={value!r}: expected one of {', '.join(QUERY_SOURCES)}, or an object of "
+            f"{name}={shown(value)}: expected one of {', '.join(QUERY_SOURCES)}, or an object of "
             f'positive fractions of them such as {{"self-study": 0.5, "context-rotated": 0.5}}'
         )
     if {"context-rotated", "context-prefill"} <= set(shares):
         raise CompactionConfigError(
-            f"{name}={value!r}: context-rotated and context-prefill are the same queries, "
+            f"{name}={shown(value)}: context-rotated and context-prefill are the same queries, "
             "choose one of them"
         )
     total = sum(shares.values())
@@ -71,7 +71,8 @@ def parse_reference_prompts(
     )
     if not good:
         raise CompactionConfigError(
-            f"{name}={value!r}: expected lists of token ids by source ({', '.join(PASS_SOURCES)}), "
+            f"{name}={shown(value)}: expected lists of token ids by source "
+            f"({', '.join(PASS_SOURCES)}), "
             'such as {"prompts": [[5, 17, 3], [8]]}'
         )
     return {source: [list(ids) for ids in texts] for source, texts in value.items()}

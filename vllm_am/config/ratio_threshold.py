@@ -6,7 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.compaction.ratio import share_kept
+from vllm_am.config.errors import CompactionConfigError, shown
+
+#: One slot in a million tokens: less is no ratio, but a typing error.
+LEAST_RATIO = 1e-6
+#: More tokens than any sequence will have.
+MOST_TOKENS = 10**9
 
 #: Threshold (tokens) when the user names none: below about 4k tokens the KV cache of one sequence
 #: is small beside the weights, so there is little to win; ``resolve_threshold`` lowers it to half
@@ -18,17 +24,15 @@ def parse_ratio(value: Any, name: str = "--kv-compaction-ratio") -> float:
     """The fraction of the compacted KV that is kept: ``0.02``, ``"0.02"`` and ``"50x"`` are one.
 
     Raises:
-        CompactionConfigError: not a number, or outside (0, 1].
+        CompactionConfigError: none of these forms, or out of range.
     """
-    text = str(value).strip().lower()
     try:
-        ratio = 1.0 / float(text[:-1]) if text.endswith("x") else float(text)
-    except (ValueError, ZeroDivisionError):
-        ratio = math.nan
-    if isinstance(value, bool) or not 0.0 < ratio <= 1.0:
+        ratio = share_kept(value)
+    except ValueError as error:
+        raise CompactionConfigError(f"{name}={shown(value)}: {error}") from None
+    if ratio < LEAST_RATIO:
         raise CompactionConfigError(
-            f"{name}={value!r}: expected the fraction of the KV cache that is KEPT, a number in "
-            f"(0, 1] such as 0.1, or a factor such as 10x (which keeps a tenth)"
+            f"{name}={shown(value)}: expected at least {LEAST_RATIO:g} of the KV cache to be KEPT"
         )
     return ratio
 
@@ -56,7 +60,7 @@ def parse_threshold(
     Raises:
         CompactionConfigError: neither form, or out of range.
     """
-    text = str(value).strip()
+    text = value.strip() if isinstance(value, str) else ""
     if allow_share and text.endswith("%"):
         try:
             share = float(text[:-1]) / 100
@@ -64,14 +68,14 @@ def parse_threshold(
             share = math.nan
         if 0.0 < share < 1.0:
             return Threshold(pool_share=share)
-    elif not isinstance(value, bool):
+    elif isinstance(value, str | int) and not isinstance(value, bool):
         try:
-            tokens = int(text)
+            tokens = int(value)
         except ValueError:
             tokens = 0
-        if tokens > 0:
+        if 0 < tokens <= MOST_TOKENS:
             return Threshold(tokens=tokens)
     share_hint = " or a share of the KV pool such as 80%" if allow_share else ""
     raise CompactionConfigError(
-        f"{name}={value!r}: expected a positive number of tokens such as 4096{share_hint}"
+        f"{name}={shown(value)}: expected a positive number of tokens such as 4096{share_hint}"
     )

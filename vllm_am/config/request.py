@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_am.config.errors import CompactionConfigError
+from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.ratio_threshold import parse_ratio, parse_threshold
 
 
@@ -22,19 +22,21 @@ class RequestOverrides:
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestOverrides:
-        """Raises :class:`CompactionConfigError` naming the field."""
+        """From what the client sent, whatever that is.
+
+        Raises:
+            CompactionConfigError: naming the field.
+        """
         if not extra_args:
             return cls()
-        unknown = [
-            k for k in extra_args if str(k).startswith("kv_compaction") and k not in cls.FIELDS
-        ]
-        if unknown:
-            raise CompactionConfigError(
-                f"{unknown[0]}: unknown field; the fields are {', '.join(cls.FIELDS)}"
-            )
+        for key in extra_args:
+            if _is_meant_for_us(key) and key not in cls.FIELDS:
+                raise CompactionConfigError(
+                    f"{_plain(key)}: unknown field; the fields are {', '.join(cls.FIELDS)}"
+                )
         mode = extra_args.get("kv_compaction", "on")
-        if mode not in ("on", "off"):
-            raise CompactionConfigError(f"kv_compaction={mode!r}: expected 'on' or 'off'")
+        if not isinstance(mode, str) or mode not in ("on", "off"):
+            raise CompactionConfigError(f"kv_compaction={shown(mode)}: expected 'on' or 'off'")
         ratio = extra_args.get("kv_compaction_ratio")
         threshold = extra_args.get("kv_compaction_threshold")
         return cls(
@@ -44,3 +46,14 @@ class RequestOverrides:
             if threshold is None
             else parse_threshold(threshold, "kv_compaction_threshold", allow_share=False).tokens,
         )
+
+
+def _is_meant_for_us(key: Any) -> bool:
+    """Also when it is misspelt: ``kv-compaction``, ``KV_COMPACTION_RATIO``."""
+    text = key.lower().replace("-", "_") if isinstance(key, str) else ""
+    return text.startswith("kv_compaction") or text.startswith("kvcompaction")
+
+
+def _plain(key: str) -> str:
+    """A field's name as a message repeats it."""
+    return shown(key).strip("'\"")

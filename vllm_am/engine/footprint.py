@@ -57,6 +57,26 @@ class Footprint:
         """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
         return ceil_div(slots_for(tokens, ratio), self.block_size)
 
+    def reached(self, ratio: float) -> tuple[float, float]:
+        """The least and the most by which spans shrink at a ratio, in whole blocks.
+
+        From the shortest span that is compacted to the longest; lower than ``1 / ratio`` where a
+        span's slots do not fill their last block.
+        """
+        lengths = range(self.shortest_span(ratio), self.longest_span + 1, self.block_size)
+        factors = [n / (self.span_blocks(n, ratio) * self.block_size) for n in lengths]
+        return min(factors, default=1.0), max(factors, default=1.0)
+
+    def compacts(self, ratio: float, tokens: int) -> bool:
+        """Whether a sequence that grows to ``tokens`` is ever compacted."""
+        end = (tokens - self.recent_tokens) // self.block_size * self.block_size
+        span = min(end - self.protected_tokens, self.longest_span)
+        if span <= 0 or tokens <= (self.threshold.tokens or 0):
+            return False
+        if self.threshold.tokens is None and span < self.shortest_span(ratio):
+            return False
+        return ratio >= 1 or self.span_blocks(span, ratio) < span // self.block_size
+
     def peak_tokens(self, ratio: float, max_model_len: int) -> int:
         """Most tokens' worth of slots a sequence of ``max_model_len`` needs at any time.
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 
 from vllm.config import VllmConfig
 
-from vllm_am.config import CONFIG_KEY, CompactionConfig, RequestOverrides, Threshold
+from vllm_am.config import (
+    CONFIG_KEY,
+    LEAST_RATIO,
+    CompactionConfig,
+    CompactionConfigError,
+    RequestOverrides,
+    Threshold,
+    shown,
+)
 from vllm_am.engine.footprint import Footprint, ceil_div
 
 #: Bytes of one slot's bias (float32) per layer and KV head.
@@ -35,13 +43,14 @@ class EngineLimits:
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
         """Raises :class:`~vllm_am.config.CompactionConfigError` for options the model rules out:
-        an impossible threshold, budgets of other heads."""
+        budgets of other heads, whatever leaves nothing to be compacted.
+        """
         config = CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config.check_heads(model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads())
         block_size = vllm_config.cache_config.block_size
         heads = model.get_num_attention_heads(parallel)
-        return cls(
+        limits = cls(
             config=config,
             threshold=config.resolve_threshold(model.max_model_len, block_size),
             block_size=block_size,
@@ -51,6 +60,41 @@ class EngineLimits:
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
         )
+        limits.check_use()
+        return limits
+
+    def check_use(self) -> None:
+        """Refuse options by which no sequence could ever be compacted.
+
+        Raises:
+            CompactionConfigError: naming the option that stands in the way.
+        """
+        footprint, tokens, ratio = self.footprint, self.max_model_len, self.config.ratio
+        if footprint.compacts(ratio, tokens):
+            return
+        # By itself, the option that would do if it had its least (or largest) value.
+        relaxed: dict[str, tuple[Footprint, float]] = {
+            "config recent_tokens": (replace(footprint, recent_tokens=1), ratio),
+            "config protected_tokens": (replace(footprint, protected_tokens=0), ratio),
+            "config min_span_tokens": (replace(footprint, min_span_tokens=1), ratio),
+            "config max_span_tokens": (replace(footprint, max_span_tokens=tokens), ratio),
+            "ratio": (footprint, LEAST_RATIO),
+        }
+        helps = [name for name, way in relaxed.items() if way[0].compacts(way[1], tokens)]
+        # One that the user has set before one that has its default.
+        helps.sort(key=lambda name: self._is_default(name.rpartition(" ")[2]))
+        option = helps[0] if helps else "threshold"
+        value = getattr(self.config, option.rpartition(" ")[2])
+        raise CompactionConfigError(
+            f"--kv-compaction-{option}={shown(value)}: no sequence of up to {tokens} tokens "
+            f"(--max-model-len) could ever be compacted: its first {self.protected_tokens} and "
+            f"last {self.config.recent_tokens} tokens stay exact, a span has up to "
+            f"{footprint.longest_span}, and whole blocks of {self.block_size} must come free; "
+            f"{'raise' if 'max_span' in option else 'lower'} it"
+        )
+
+    def _is_default(self, option: str) -> bool:
+        return bool(getattr(self.config, option) == getattr(CompactionConfig(), option))
 
     @property
     def footprint(self) -> Footprint:
@@ -74,6 +118,39 @@ class EngineLimits:
                 footprint = replace(footprint, threshold=Threshold(overrides.threshold_tokens))
             tokens = footprint.peak_tokens(overrides.ratio or self.config.ratio, tokens)
         return ceil_div(tokens, self.block_size)
+
+    def check_request(self, overrides: RequestOverrides, tokens: int, num_blocks: int) -> None:
+        """Refuse a request whose own options are useless, or let it outgrow the whole KV pool.
+
+        vLLM's startup check makes sure that any request fits; with ``"off"`` or a larger ratio one
+        may not, and would be preempted and computed again for ever.
+
+        Args:
+            tokens: prompt and longest output together.
+            num_blocks: usable blocks of the pool.
+
+        Raises:
+            CompactionConfigError: naming the field.
+        """
+        if overrides == RequestOverrides():
+            return
+        if overrides.threshold_tokens is not None:
+            self.config.check_threshold(
+                overrides.threshold_tokens, self.block_size, "kv_compaction_threshold"
+            )
+        needed = self.blocks_needed(overrides, tokens)
+        if needed > num_blocks:
+            if not overrides.enabled:
+                field = "kv_compaction"
+            elif overrides.ratio is not None:
+                field = "kv_compaction_ratio"
+            else:
+                field = "kv_compaction_threshold"
+            raise CompactionConfigError(
+                f"{field}: with this option a request of {tokens} tokens (prompt and max_tokens) "
+                f"may need {needed} KV blocks, and the pool has {num_blocks}; lower max_tokens, or "
+                "drop it"
+            )
 
     @property
     def peak_tokens(self) -> int:

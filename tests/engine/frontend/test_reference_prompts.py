@@ -113,3 +113,15 @@ def test_text_that_leaves_a_pass_no_room_is_refused(engine_config):
     instruction = " ".join(["w5"] * 64)
     with pytest.raises(CompactionConfigError, match=r"pass_tokens=64: must exceed the 64 tokens"):
         engine_config({"queries": "repeat-prefill", "instruction": instruction, "pass_tokens": 64})
+
+
+def test_token_ids_that_the_model_does_not_have(engine_config):
+    """In the engine they would be looked up in the embedding, which dies."""
+    for ids, refused in ([511, 5], False), ([512, 5], True), ([10**9, 5], True):
+        options = {"queries": "prompts", "reference_prompts": {"prompts": [[7], ids]}}
+        if not refused:
+            engine_config(options)
+            continue
+        with pytest.raises(CompactionConfigError, match=f"token id {ids[0]} of prompts") as error:
+            engine_config(options)
+        assert "vocabulary of 512" in str(error.value)

@@ -9,8 +9,6 @@ import pytest
 from vllm_am.engine.worker import state as worker_state
 
 SHARES = {"L0H0": 0.1, "L0H1": 0.2, "L1H0": 0.3, "L1H1": 0.4, "L1H2": 0.0, "L1H3": 0.0}
-MEAN = 1 / 6
-
 #: KV heads of the model, ranks, this rank, its layers, its shares.
 CASES = {
     "all": (2, 1, 0, [0, 1], [0.1, 0.2, 0.3, 0.4]),
@@ -18,7 +16,6 @@ CASES = {
     "own-layers": (2, 1, 0, [1], [0.3, 0.4]),
     "head-held-by-two-ranks": (2, 4, 1, [0, 1], [0.1, 0.3]),
     "other-head-held-by-two-ranks": (2, 4, 2, [0, 1], [0.2, 0.4]),
-    "not-in-the-file": (2, 2, 0, [1, 2], [0.3, MEAN]),
     "nothing-at-all": (4, 2, 1, [1], [1, 1]),
 }
 

@@ -12,7 +12,13 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_am.config import CONFIG_KEY, PASS_SOURCES, CompactionConfig, CompactionConfigError
+from vllm_am.config import (
+    CONFIG_KEY,
+    PASS_SOURCES,
+    CompactionConfig,
+    CompactionConfigError,
+    shown,
+)
 
 #: Stands for the conversation so far when a chat template is asked what follows it.
 _ANCHOR = "KV-COMPACTION-ANCHOR"
@@ -30,11 +36,12 @@ def encode_reference_prompts(vllm_config: VllmConfig) -> None:
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
         if tokenizer is None:
             raise CompactionConfigError(
-                f"--kv-compaction-config queries={config.queries!r}: --skip-tokenizer-init leaves "
-                "nothing to encode its texts with; give their token ids in reference_prompts"
+                f"--kv-compaction-config queries={shown(config.queries)}: --skip-tokenizer-init "
+                "leaves nothing to encode its texts with; give their token ids in reference_prompts"
             )
         prompts |= encode(texts, tokenizer)
     if prompts:
+        check_vocabulary(prompts, vllm_config.model_config.get_vocab_size())
         check_lengths(prompts, config.pass_tokens)
         vllm_config.additional_config = {
             **vllm_config.additional_config,
@@ -71,12 +78,12 @@ def read_prompts(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CompactionConfigError(
-            f"--kv-compaction-config prompts_file={path!r}: cannot be read ({error}); expected a "
-            "text file with one typical question per line"
+            f"--kv-compaction-config prompts_file={shown(path)}: cannot be read ({error}); "
+            "expected a text file with one typical question per line"
         ) from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise CompactionConfigError(
-            f"--kv-compaction-config prompts_file={path!r}: has no line of text; expected one "
+            f"--kv-compaction-config prompts_file={shown(path)}: has no line of text; expected one "
             "typical question per line"
         )
     return prompts
@@ -111,6 +118,18 @@ def as_user_turn(text: str, tokenizer: Any) -> str:
         conversation, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
     return written.rpartition(_ANCHOR)[2]
+
+
+def check_vocabulary(prompts: Mapping[str, Sequence[Sequence[int]]], vocab_size: int) -> None:
+    """Raises :class:`~vllm_am.config.CompactionConfigError` for ids that are no tokens."""
+    for source, texts in prompts.items():
+        largest = max(max(text) for text in texts)
+        if largest >= vocab_size:
+            raise CompactionConfigError(
+                f"--kv-compaction-config reference_prompts: token id {shown(largest)} of {source} "
+                f"is not in the model's vocabulary of {vocab_size}; encode its texts with the "
+                "model's own tokenizer, or leave them out"
+            )
 
 
 def check_lengths(prompts: Mapping[str, Sequence[Sequence[int]]], pass_tokens: int) -> None:

@@ -66,8 +66,8 @@ def local_shares(
 ) -> torch.Tensor | None:
     """This rank's part of a budgets file, float64 [layers * KV heads]; None without a file.
 
-    A head that is not in the file has the mean share, as in the paper's code. The pages of a rank
-    are divided among its own heads, so only the proportions within a rank matter.
+    The pages of a rank are divided among its own heads, so only the proportions within a rank
+    matter.
     """
     if isinstance(budgets, str):
         return None
@@ -76,10 +76,9 @@ def local_shares(
     local = vllm_config.model_config.get_num_kv_heads(parallel)
     # With more ranks than KV heads each head is held by several ranks.
     first = get_tensor_model_parallel_rank() * total // parallel.tensor_parallel_size
-    mean = sum(budgets.values()) / len(budgets)
     shares = torch.tensor(
         [
-            budgets.get(f"L{extract_layer_index(name)}H{first + head}", mean)
+            budgets[f"L{extract_layer_index(name)}H{first + head}"]
             for name in layer_names
             for head in range(local)
         ],
