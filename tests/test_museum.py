@@ -6,7 +6,8 @@ concurrency; 4 preemption keeps compaction state; 5 fires during chunked prefill
 too early; 10 defaults that differ from the published; 11 bias target and design matrix differ;
 12 values fitted without the bias; 13 degenerate fits; 14 host syncs in decode; 15 everything is
 forgotten after compaction; 16 options lost on copies; 17 identity; 18 an option that does nothing;
-19 drift over rounds; 20 startup refuses long contexts.
+19 drift over rounds; 20 startup refuses long contexts; 21 checks only in the process that parsed
+the flags; 22 an error after "200 OK"; 23 lossy state under the key of the exact one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROWS = set(range(1, 21))
+ROWS = set(range(1, 24))
 
 
 def test_every_row_has_a_test():

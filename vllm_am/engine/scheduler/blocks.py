@@ -100,6 +100,13 @@ class CompactingManager(FullAttentionManager):
         first, last = segment.start // self.block_size, segment.end // self.block_size
         exact, blocks[first:last] = blocks[first:last], [self._null_block] * (last - first)
         self.block_pool.free_blocks(reversed(exact))
+        # What it computes from now on has seen the segment: vLLM must not file it under the hash of
+        # its text, where a request that asks for exact KV would find it.
+        self._file_no_more(request_id)
+
+    def _file_no_more(self, request_id: str) -> None:
+        """As if all its blocks were cached: none that is still to come becomes others' prefix."""
+        self.num_cached_block[request_id] = sys.maxsize
 
     def commit_merge(self, job_id: int, request_id: str, segment: Segment) -> None:
         """The segment takes the place of all earlier ones, whose blocks go back to the pool."""
@@ -116,8 +123,7 @@ class CompactingManager(FullAttentionManager):
         blocks = self.req_to_blocks[parent_id][: tokens // self.block_size]
         self.block_pool.touch([block for block in blocks if not block.is_null])
         self.req_to_blocks[request_id] = blocks
-        # As if all its blocks were cached: none of its own ever becomes a prefix of others.
-        self.num_cached_block[request_id] = sys.maxsize
+        self._file_no_more(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """vLLM's one exit for finish, abort and preemption: the compacted blocks leave with it."""
