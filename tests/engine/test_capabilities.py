@@ -105,6 +105,7 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
     ],
     "this block size on a GPU": [put("cache_config.block_size", size) for size in (8, 24)],
     "batch-invariant execution": [],  # below: not part of the configuration
+    "the Rust front end": [],  # likewise
     "microbatches": [put("parallel_config.use_ubatching", True)],
     "attention backends by kind of layer": [
         put("attention_config.backend_per_kind", {"full_attention": "FLASH_ATTN"})
@@ -146,9 +147,11 @@ def test_unsupported_is_refused_with_flag_and_fix(capabilities, name, change):
     )
 
 
-def test_batch_invariance_is_refused(capabilities, monkeypatch):
-    monkeypatch.setattr(capabilities, "envs", SimpleNamespace(VLLM_BATCH_INVARIANT=True))
-    with pytest.raises(capabilities.UnsupportedByCompaction, match="unset VLLM_BATCH_INVARIANT"):
+@pytest.mark.parametrize("variable", ["VLLM_BATCH_INVARIANT", "VLLM_USE_RUST_FRONTEND"])
+def test_a_variable_is_refused(capabilities, monkeypatch, variable):
+    off = {"VLLM_BATCH_INVARIANT": False, "VLLM_USE_RUST_FRONTEND": False}
+    monkeypatch.setattr(capabilities, "envs", SimpleNamespace(**{**off, variable: True}))
+    with pytest.raises(capabilities.UnsupportedByCompaction, match=f"unset {variable}"):
         capabilities.check(supported_config())
 
 

@@ -48,6 +48,18 @@ def test_stats_add_up(Stats):
     )
 
 
+def test_what_is_held_is_the_latest(Stats):
+    from vllm_am.engine.stats import Holdings
+
+    total = Stats(now=Holdings(sequences=2))
+    total.add(Stats(now=Holdings(sequences=1)))
+    total.add(one(Stats))
+    assert total.now == Holdings(sequences=1)
+    carrier = SimpleNamespace(kv_connector_stats=None)
+    total.attach(carrier)
+    assert Stats.detach(carrier) == total
+
+
 def test_a_failure_alone_is_worth_reporting(Stats):
     assert Stats(failures={"singular": 1})
     assert Stats(merges=1)

@@ -156,6 +156,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "unset VLLM_BATCH_INVARIANT, or drop --kv-compaction",
     ),
     Refusal(
+        "the Rust front end (VLLM_USE_RUST_FRONTEND), which cannot check a request's options",
+        lambda c: bool(envs.VLLM_USE_RUST_FRONTEND),
+        "unset VLLM_USE_RUST_FRONTEND, or drop --kv-compaction",
+    ),
+    Refusal(
         "microbatches (--enable-dbo, --ubatch-size)",
         lambda c: c.parallel_config.use_ubatching,
         "drop --enable-dbo and --ubatch-size",

@@ -16,6 +16,22 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_am.config import CONFIG_KEY
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """What compaction holds at one moment."""
+
+    sequences: int = 0
+    """Sequences of which a part is compacted."""
+    fits: int = 0
+    """Fits and merges under way."""
+    slots: int = 0
+    """Slots per head of all compacted parts."""
+    blocks: int = 0
+    """Blocks that they occupy, with the targets of fits under way."""
+    query_pool_share: float = 0.0
+    """Share of the query pool in use."""
+
+
 @dataclass
 class CompactionStats:
     """What happened since the last report; falsy when nothing did."""
@@ -31,6 +47,8 @@ class CompactionStats:
     reference_tokens: int = 0
     reference_shortfalls: int = 0
     merges: int = 0
+    now: Holdings | None = None
+    """Where it is not what the last report said."""
 
     @classmethod
     def one(
@@ -53,6 +71,7 @@ class CompactionStats:
             or self.failures
             or self.reference_tokens
             or self.reference_shortfalls
+            or self.now is not None
         )
 
     def add(self, other: CompactionStats) -> None:
@@ -68,6 +87,7 @@ class CompactionStats:
         self.reference_tokens += other.reference_tokens
         self.reference_shortfalls += other.reference_shortfalls
         self.failures = dict(Tally(self.failures) + Tally(other.failures))
+        self.now = self.now if other.now is None else other.now
 
     def forget_old_observations(self, keep: int = 1000) -> None:
         """Bound the lists, where the statistics are kept for good."""
@@ -85,4 +105,7 @@ class CompactionStats:
             return None
         entry = stats.kv_connector_stats.pop(CONFIG_KEY, None)
         stats.kv_connector_stats = stats.kv_connector_stats or None
-        return None if entry is None else cls(**entry)
+        if entry is None:
+            return None
+        now = entry.pop("now", None)
+        return cls(**entry, now=None if now is None else Holdings(**now))

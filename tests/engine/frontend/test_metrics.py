@@ -23,7 +23,7 @@ def metrics(plugin):
 def registry(monkeypatch):
     """A registry of its own, so that nothing of this process's is counted or left behind."""
     registry = prometheus_client.CollectorRegistry()
-    for name in ("Counter", "Histogram"):
+    for name in ("Counter", "Gauge", "Histogram"):
         bound = getattr(prometheus_client, name)
         monkeypatch.setattr(
             prometheus_client,
@@ -69,6 +69,24 @@ def test_every_series_exists_from_the_start(metrics, registry):
             assert value(registry, f"{name}_total", engine) == 0
         for name in HISTOGRAMS:
             assert value(registry, f"{name}_count", engine) == 0
+
+
+def test_what_is_held_is_what_the_last_report_says(metrics, registry):
+    series = metrics.CompactionMetrics(config(), [0])
+    for now in (metrics.Holdings(2, 1, 64, 4, 0.25), metrics.Holdings(1, 0, 32, 1, 0.125)):
+        series.record(metrics.CompactionStats(now=now), 0)
+    held = [value(registry, name) for name, _ in metrics._GAUGES.values()]
+    assert held == [1, 0, 32, 1, 0.125]
+    series.record(one(metrics), 0)
+    assert value(registry, "sequences") == 1, "a report that says nothing new"
+
+
+def test_options_are_a_metric(metrics, registry):
+    metrics.CompactionMetrics(config({CONFIG_KEY: {"ratio": "20x", "budgets": "uniform"}}), [0])
+    (family,) = [f for f in registry.collect() if f.name == "vllm:kv_compaction_info"]
+    (sample,) = family.samples
+    assert sample.value == 1 and sample.labels["ratio"] == "0.05"
+    assert sample.labels["budgets"] == "uniform" and sample.labels["method"] == "highest-attention"
 
 
 def test_reports_are_counted_by_engine(metrics, registry):

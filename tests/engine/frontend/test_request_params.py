@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.config.test_config import BAD_REQUESTS
+from tests.config.test_config import BAD_REQUESTS, _short
 from vllm_am.config import CONFIG_KEY, RequestOverrides
 
 
@@ -41,7 +41,7 @@ def validate(plugin, wrap):
     return call
 
 
-@pytest.mark.parametrize(("extra", "field"), BAD_REQUESTS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("extra", "field"), BAD_REQUESTS, ids=_short)
 def test_invalid_value_is_the_callers_error_and_names_the_field(validate, extra, field):
     from vllm.exceptions import VLLMValidationError
 
@@ -59,6 +59,32 @@ def test_invalid_value_is_the_callers_error_and_names_the_field(validate, extra,
 )
 def test_valid_request_reaches_vllm_unchanged(validate, extra):
     validate(extra)
+
+
+def test_api_servers_refuse_before_they_answer(plugin, wrap):
+    """What an endpoint calls raises; what it would iterate over came too late for a 400."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_am.engine.frontend import request_params
+
+    async def stock(self, prompt, sampling_params, request_id, *, priority=0):
+        yield prompt, sampling_params, request_id, priority
+
+    wrap(request_params.install, InputProcessor, process_inputs=lambda self: None)
+    original = AsyncLLM.generate
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            additional_config={CONFIG_KEY: {}}, cache_config=SimpleNamespace(num_gpu_blocks=None)
+        )
+    )
+    good = SimpleNamespace(extra_args={"kv_compaction_ratio": "5x"}, max_tokens=4)
+    bad = SimpleNamespace(extra_args={"kv_compaction_ratio": "5"}, max_tokens=4)
+    prompt = {"prompt_token_ids": [5, 6]}
+    with pytest.raises(VLLMValidationError, match="kv_compaction_ratio"):
+        original(engine, prompt, bad, "r1")
+    assert hasattr(original(engine, prompt, good, "r1", priority=1), "__anext__")
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"mine": 1}, {CONFIG_KEY: None}], ids=repr)
@@ -93,11 +119,15 @@ def test_options_that_outgrow_the_pool_are_refused(small_pool, overrides, tokens
     """Else the request would be preempted and computed again for ever."""
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_am.engine.frontend.request_params import check_capacity
+    from vllm_am.engine.frontend.request_params import check
 
+    names = ("kv_compaction", "kv_compaction_ratio", "kv_compaction_threshold")
+    given = (None if overrides.enabled else "off", overrides.ratio, overrides.threshold_tokens)
+    extra = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    params = SimpleNamespace(extra_args=extra, max_tokens=100)
     if field is None:
-        check_capacity(small_pool, overrides, tokens)
+        check(small_pool, params, tokens - 100)
         return
     with pytest.raises(VLLMValidationError, match="KV blocks") as error:
-        check_capacity(small_pool, overrides, tokens)
+        check(small_pool, params, tokens - 100)
     assert error.value.parameter == field

@@ -9,11 +9,13 @@ plugin sections with a validation hook.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_am.config import CONFIG_KEY, CompactionConfig
@@ -29,6 +31,11 @@ from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
 from vllm_am.engine.limits import EngineLimits
 
 logger = init_logger("vllm.kv_compaction")
+
+#: Share of the ratio asked for, below which the rounding to whole blocks is worth a warning.
+WORTH_SAYING = 0.8
+#: Sizes of blocks that could be advised instead.
+BLOCK_SIZES = (16, 32, 64)
 
 
 def activate(vllm_config: VllmConfig) -> None:
@@ -53,13 +60,21 @@ def activate(vllm_config: VllmConfig) -> None:
     install_backend(classes.attention_backend)
     metrics.install()
     request_params.install()
+    announce(vllm_config, limits)
+
+
+def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
+    """The startup line: what is on, what becomes of the ratio; a warning where that is little."""
     model = vllm_config.model_config
+    ratio = limits.config.ratio
+    least, most = limits.footprint.reached(ratio)
     logger.info(
         "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
-        "%d layers x %d KV heads, last %d and first %d tokens stay exact",
+        "%d layers x %d KV heads, last %d and first %d tokens stay exact; in whole blocks of %d "
+        "compacted spans shrink by %.1fx to %.1fx",
         limits.config.method,
-        limits.config.ratio,
-        1 / limits.config.ratio,
+        ratio,
+        1 / ratio,
         limits.threshold,
         model.get_total_num_hidden_layers()
         if hasattr(model, "get_total_num_hidden_layers")
@@ -67,6 +82,22 @@ def activate(vllm_config: VllmConfig) -> None:
         model.get_total_num_kv_heads(),
         limits.config.recent_tokens,
         limits.protected_tokens,
+        limits.block_size,
+        least,
+        most,
+    )
+    if least >= WORTH_SAYING / ratio:
+        return
+    smaller = [size for size in BLOCK_SIZES if size < limits.block_size]
+    gives = {size: replace(limits, block_size=size).footprint.reached(ratio)[0] for size in smaller}
+    best = max(gives, key=lambda size: (min(gives[size], WORTH_SAYING / ratio), size), default=None)
+    logger.warning(
+        "KV compaction: %.1fx is asked for, and the shortest spans shrink by %.1fx only, as they "
+        "are held in whole blocks of %d tokens: %sraise --kv-compaction-threshold",
+        1 / ratio,
+        least,
+        limits.block_size,
+        f"--block-size {best} gives {gives[best]:.1f}x; or " if best else "",
     )
 
 
@@ -91,6 +122,8 @@ def install() -> None:
         install_backend(platform_classes().attention_backend)
         vllm_config = original(self, *args, **kwargs)
         activate(vllm_config)
+        if UsageContext.OPENAI_API_SERVER in (*args, *kwargs.values()):
+            request_params.install_in_api_server()
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

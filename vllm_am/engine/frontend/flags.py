@@ -1,16 +1,15 @@
 """The command line: ``--kv-compaction`` and its companions.
 
-vLLM symbols touched: ``engine.arg_utils.EngineArgs.add_cli_args`` and ``.from_cli_args`` are
-wrapped. Why: vLLM has no extension point for a plugin's own flags; both are looked up on the class
-after plugins are loaded. They only add; without ``--kv-compaction`` nothing else changes. This can
-go when vLLM lets plugins register argument groups.
+vLLM symbol touched: ``engine.arg_utils.EngineArgs.add_cli_args`` is wrapped, and with it
+``parse_known_args`` of each parser that it fills. Why: vLLM has no extension point for a plugin's
+own flags. They only add; without ``--kv-compaction`` nothing else changes. This can go when vLLM
+lets plugins register argument groups.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -20,8 +19,10 @@ from vllm_am.config import (
     DEFAULT_THRESHOLD_TOKENS,
     CompactionConfig,
     CompactionConfigError,
+    parse_json,
     parse_ratio,
     parse_threshold,
+    shown,
 )
 
 METHOD_NAME = "attention-matching"
@@ -42,14 +43,14 @@ def _checked(parse: Any) -> Any:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"--kv-compaction-config: not valid JSON ({error})"
         ) from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f"--kv-compaction-config: expected a JSON object, got {text}"
+            f"--kv-compaction-config: expected a JSON object, got {shown(text)}"
         )
     return value
 
@@ -122,25 +123,37 @@ def options_from_args(args: argparse.Namespace) -> dict[str, Any] | None:
     return CompactionConfig.from_dict({**(more or {}), **given}).to_dict()
 
 
-def install() -> None:
-    """Wrap ``EngineArgs`` so that the flags exist and reach ``additional_config``."""
-    original_add = EngineArgs.add_cli_args
-    original_from = EngineArgs.from_cli_args.__func__
+def move_options(parser: Any) -> None:
+    """Let ``parser`` put the options where every process finds them: ``args.additional_config``.
 
-    @functools.wraps(original_add)
-    def add_cli_args(parser: Any) -> Any:
-        return add_flags(original_add(parser))
+    Done as soon as the command line is parsed: vLLM hands the arguments, not a configuration, to
+    API servers that it spawns, and these read them before any plugin is loaded.
+    """
+    parse = parser.parse_known_args
 
-    @functools.wraps(original_from)
-    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        engine_args = original_from(cls, args)
-        options = options_from_args(args)
+    @functools.wraps(parse)
+    def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse(*args, **kwargs)
+        try:
+            options = options_from_args(namespace)
+        except CompactionConfigError as error:
+            parser.error(str(error))
         if options is not None:
-            engine_args.additional_config = {
-                **(engine_args.additional_config or {}),
-                CONFIG_KEY: options,
-            }
-        return engine_args
+            others = getattr(namespace, "additional_config", None) or {}
+            namespace.additional_config = {**others, CONFIG_KEY: options}
+        return namespace, rest
+
+    parser.parse_known_args = parse_known_args
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.add_cli_args`` so that the flags exist and reach ``additional_config``."""
+    original = EngineArgs.add_cli_args
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = add_flags(original(parser))
+        move_options(parser)
+        return parser
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
-    EngineArgs.from_cli_args = classmethod(from_cli_args)

@@ -9,6 +9,7 @@ can go when vLLM lets a plugin add scheduler statistics.
 from __future__ import annotations
 
 import functools
+from importlib.metadata import version
 from typing import Any
 
 import prometheus_client
@@ -16,12 +17,22 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_am.config import CONFIG_KEY
+from vllm_am.config import CONFIG_KEY, CompactionConfig
 from vllm_am.engine.messages import FAILURES
-from vllm_am.engine.stats import CompactionStats
+from vllm_am.engine.stats import CompactionStats, Holdings
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0)
+
+
+#: By field of ``Holdings``: name and help of its gauge.
+_GAUGES = {
+    "sequences": ("sequences", "Sequences of which a part is compacted."),
+    "fits": ("fits_running", "Fits and merges under way."),
+    "slots": ("slots_held", "Slots per head of all compacted parts."),
+    "blocks": ("blocks_held", "KV blocks of compacted parts and of fits under way."),
+    "query_pool_share": ("query_pool_usage_perc", "Share of the query pool in use, 1 is all."),
+}
 
 
 class CompactionMetrics:
@@ -78,8 +89,26 @@ class CompactionMetrics:
             labels,
             buckets=_ERROR_BUCKETS,
         )
+        # As vLLM's own gauges where several API servers write them: the latest value counts.
+        self._gauges = {
+            field: prometheus_client.Gauge(
+                f"vllm:kv_compaction_{name}", text, labels, multiprocess_mode="mostrecent"
+            )
+            for field, (name, text) in _GAUGES.items()
+        }
+        info = _info(CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY]))
+        self._info = prometheus_client.Gauge(
+            "vllm:kv_compaction_info",
+            "Options of KV compaction, in the labels; always 1.",
+            [*labels, *info],
+            multiprocess_mode="mostrecent",
+        )
+        for engine in engine_indexes:
+            self._info.labels(self._model_name, str(engine), *info.values()).set(1)
         for engine in engine_indexes:  # so that every series exists from the start
-            self.record(CompactionStats(failures=dict.fromkeys(FAILURES, 0)), engine)
+            self.record(
+                CompactionStats(failures=dict.fromkeys(FAILURES, 0), now=Holdings()), engine
+            )
 
     def record(self, stats: CompactionStats, engine: int) -> None:
         """Add one report of engine ``engine``."""
@@ -100,6 +129,21 @@ class CompactionMetrics:
         ):
             for value in values:
                 histogram.observe(value)
+        if stats.now is not None:
+            for field, gauge in self._gauges.items():
+                gauge.labels(*labels).set(getattr(stats.now, field))
+
+
+def _info(config: CompactionConfig) -> dict[str, str]:
+    """What tells one configuration from another, for a metric's labels."""
+    return {
+        "version": version("vllm-am"),
+        "method": config.method,
+        "ratio": f"{config.ratio:g}",
+        "threshold": str(config.threshold or "default"),
+        "budgets": config.budgets if isinstance(config.budgets, str) else "file",
+        "queries": config.queries if isinstance(config.queries, str) else "mixture",
+    }
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_am.engine.messages import TOO_LOSSY, FitReport
 from vllm_am.engine.scheduler.query_sources import QUERIES_PER_SLOT
-from vllm_am.engine.stats import CompactionStats
+from vllm_am.engine.stats import CompactionStats, Holdings
 
 if TYPE_CHECKING:
     from vllm_am.engine.scheduler.jobs import Job
@@ -32,6 +32,7 @@ class Journal:
         """Since the start; of observations the last ones."""
         self._collected = collected
         self._new = CompactionStats()
+        self._held = Holdings()
         self._said_few_queries = False
 
     def count(self, stats: CompactionStats) -> None:
@@ -41,8 +42,14 @@ class Journal:
         if self._collected:  # else nobody would ever collect them
             self._new.add(stats)
 
-    def hand_over(self, stats: SchedulerStats) -> None:
-        """Put what was counted since the last time on its way to the front end."""
+    def hand_over(self, stats: SchedulerStats, now: Holdings) -> None:
+        """Put what was counted since the last time on its way to the front end.
+
+        Args:
+            now: what is held at present.
+        """
+        if now != self._held:
+            self._held = self._new.now = now
         if self._new:
             self._new.attach(stats)
             self._new = CompactionStats()
@@ -174,6 +181,10 @@ class Journal:
             max_error,
             "tried again with twice as many" if again else "the sequence stays exact",
         )
+
+    def refused(self, request_id: str, reason: str) -> None:
+        """A request's own options are wrong, and no front end has said so."""
+        logger.warning("KV compaction: request %s is refused: %s", request_id, reason)
 
     def unservable(self, request_id: str, tokens: int, pool_tokens: int) -> None:
         """A request is finished with an error.

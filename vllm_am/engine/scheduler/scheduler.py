@@ -2,9 +2,9 @@
 
 vLLM symbols touched (subclassed, selected through ``scheduler_config.scheduler_cls``):
 ``v1.core.sched.scheduler.Scheduler`` and ``v1.core.sched.async_scheduler.AsyncScheduler``, their
-``schedule``, ``update_from_output``, ``make_stats``, ``_get_local_prefix_cache_hit``,
-``_preempt_request``, ``_free_request_blocks``, ``_request_blocks_can_be_freed``; and
-``grammar_compile_error_reqs``, to which requests are added.
+``add_request``, ``schedule``, ``update_from_output``, ``make_stats``,
+``_get_local_prefix_cache_hit``, ``_preempt_request``, ``_free_request_blocks``,
+``_request_blocks_can_be_freed``; and ``grammar_compile_error_reqs``, to which requests are added.
 
 A compaction takes three steps of the engine, in which the sequence goes on as before (with a query
 source that needs reference passes, those come first: reference_pass.py):
@@ -200,6 +200,19 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     # -- life and death of requests -------------------------------------------------------------
 
+    def add_request(self, request: Request) -> None:
+        """One that is wrong in spite of all front ends is finished alone, with an error."""
+        super().add_request(request)
+        refusal = self.compaction.sequences.options(request).refusal
+        if refusal:
+            self.compaction.journal.refused(request.request_id, refusal)
+            self._finish_with_error(request)
+
+    def _finish_with_error(self, request: Request) -> None:
+        """At the end of this step or of the next, with an output for the client."""
+        # The set that ``update_from_output`` finishes so; requests get into it for other reasons.
+        self.grammar_compile_error_reqs.add(request.request_id)
+
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
         """A hit that leaves no room for the rest of the sequence is cut short."""
         blocks, tokens, *others = super()._get_local_prefix_cache_hit(request)
@@ -218,9 +231,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         alone = all(other.request_id in self.passes for other in self.running)
         # vLLM drops stale output where it preempts everybody, to reset the prefix cache.
         if alone and not drop_stale_output and self.compaction.failures.outgrows_the_pool(request):
-            # The set that ``update_from_output`` finishes with an error, and with an output for
-            # the client; requests get into it for other reasons, too.
-            self.grammar_compile_error_reqs.add(request.request_id)
+            self._finish_with_error(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request_blocks(self, request: Request) -> None:
@@ -250,7 +261,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             self.reference_tokens = 0
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            journal.hand_over(stats)
+            journal.hand_over(stats, self.compaction.holdings())
         return stats
 
     def check_compaction(self) -> None:

@@ -27,6 +27,8 @@ class SequenceOptions:
     """After a failed merge: end of its segments. It is tried again when there is another one."""
     outgrew: int = 0
     """How often it needed more than the whole pool because a fit had failed."""
+    refusal: str = ""
+    """Why it is finished with an error as soon as possible."""
 
 
 class Sequences:
@@ -46,22 +48,31 @@ class Sequences:
         self.known: dict[str, SequenceOptions] = {}
 
     def options(self, request: Request) -> SequenceOptions:
-        """The request's own options over those of the engine."""
+        """The request's own options over those of the engine. Never raises, whatever it brings."""
         options = self.known.get(request.request_id)
         if options is None:
-            params = request.sampling_params
-            overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
-            threshold = overrides.threshold_tokens or self._planner.threshold.tokens
-            options = SequenceOptions(
-                enabled=overrides.enabled,
-                ratio=overrides.ratio or self._limits.config.ratio,
-                threshold_tokens=threshold,
-                sample_rate=self._limits.sample_rate(
-                    max(request.num_prompt_tokens, threshold or 0)
-                ),
-            )
-            self.known[request.request_id] = options
+            options = self.known[request.request_id] = self._read(request)
         return options
+
+    def _read(self, request: Request) -> SequenceOptions:
+        """Wrong ones are the front ends' to refuse; one that passed all of them stays exact."""
+        params = request.sampling_params
+        overrides, refusal = RequestOverrides(), ""
+        try:
+            overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
+            self._limits.check_request(
+                overrides, request.num_prompt_tokens + request.max_tokens, self._planner.num_blocks
+            )
+        except Exception as error:
+            refusal = str(error) or type(error).__name__
+        threshold = overrides.threshold_tokens or self._planner.threshold.tokens
+        return SequenceOptions(
+            enabled=overrides.enabled and not refusal,
+            ratio=overrides.ratio or self._limits.config.ratio,
+            threshold_tokens=threshold,
+            sample_rate=self._limits.sample_rate(max(request.num_prompt_tokens, threshold or 0)),
+            refusal=refusal,
+        )
 
     def view(self, request: Request) -> SequenceView | None:
         """What the planner sees; None while nothing of it is to be compacted."""

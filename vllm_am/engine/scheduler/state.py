@@ -17,6 +17,7 @@ from vllm_am.engine.scheduler.planner import Planner
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
 from vllm_am.engine.scheduler.sequences import Sequences
+from vllm_am.engine.stats import Holdings
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ class CompactionState:
             commits=Commits(blocks, queries, journal),
             failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
             journal=journal,
+        )
+
+    def holdings(self) -> Holdings:
+        """What compaction holds at present."""
+        held = self.blocks.compacted.values()
+        targets = self.blocks.targets.values()
+        return Holdings(
+            sequences=len(held),
+            fits=len(self.jobs.running),
+            slots=sum(segment.slots for each in held for segment in each.segments),
+            blocks=sum(len(each.blocks) for each in held) + sum(map(len, targets)),
+            query_pool_share=round(self.query_pool.used / self.query_pool.capacity, 4),
         )
 
 

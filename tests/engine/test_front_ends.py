@@ -1,0 +1,117 @@
+"""Front ends that are not the process in which ``vllm serve`` parsed the flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.serving import Server
+from tests.engine.driver import ROOT
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+MODEL = ROOT / "benchmarks" / "recall" / "model"
+FLAGS = [
+    *("--kv-compaction", "attention-matching"),
+    *("--kv-compaction-ratio", "10x"),
+    *("--kv-compaction-threshold", "512"),
+    *("--kv-compaction-config", '{"recent_tokens": 32}'),
+    *("--max-model-len", "2048"),
+    *("--num-gpu-blocks-override", "129"),
+    *("--block-size", "32"),
+    *("--dtype", "float32"),
+    *("--served-model-name", "recall"),
+    "--enforce-eager",
+]
+#: Several engines on this machine, each on a core of its own where there are two.
+ENGINES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+#: How each set-up is started, how many engines it has, how many API servers.
+SETUPS = {
+    "api-servers-2": (["--api-server-count", "2"], 1, 2),
+    "data-parallel-2": (["--data-parallel-size", "2"], 2, 2),
+}
+
+WRONG = {
+    "ratio": ({"kv_compaction_ratio": "0"}, "kv_compaction_ratio"),
+    "mode": ({"kv_compaction": "sideways"}, "kv_compaction"),
+    "name": ({"kv-compaction": "off"}, "kv-compaction"),
+}
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+#: Endpoint -> body of a request with a text.
+ENDPOINTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "/v1/completions": lambda text: {"prompt": text, "max_tokens": 4},
+    "/v1/chat/completions": lambda text: {"messages": messages(text), "max_tokens": 4},
+    "/v1/responses": lambda text: {"input": text, "max_output_tokens": 4},
+    "/v1/messages": lambda text: {"messages": messages(text), "max_tokens": 4},
+}
+
+#: Where vLLM's own handler logs every refusal with a traceback, also those of its own checks.
+LOGS_WHAT_IT_REFUSES = "/v1/messages"
+
+
+@pytest.fixture(scope="module", params=SETUPS)
+def served(request, tmp_path_factory) -> Iterator[tuple[Server, int, int]]:
+    flags, engines, front_ends = SETUPS[request.param]
+    log = tmp_path_factory.mktemp(request.param) / "log"
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", *ENGINES):
+            environment.delenv(name, raising=False)
+        with Server(str(MODEL), [*FLAGS, *flags], log, ENGINES) as server:
+            environment.undo()  # the server has its environment; other tests need theirs
+            server.wait_until_ready()
+            yield server, engines, front_ends
+
+
+def post(server: Server, path: str, **body: Any) -> httpx.Response:
+    """By a connection of its own, so that one of several API servers takes it."""
+    url = f"http://127.0.0.1:{server.port}{path}"
+    return httpx.post(url, json={"model": "recall", **body}, timeout=120)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_museum_21_22_a_wrong_option_is_a_400_everywhere(served, path, wrong, stream):
+    """Whichever API server takes it, and before it answers "200 OK" to a streaming client."""
+    server, _, front_ends = served
+    options, field = wrong
+    body = ENDPOINTS[path]("What is it ?")
+    lines = len(server.log.read_text(errors="replace").splitlines())
+    for _ in range(3 * front_ends):
+        reply = post(server, path, **body, vllm_xargs=options, stream=stream)
+        assert reply.status_code == 400, reply.text
+        assert field in reply.text
+    assert post(server, path, **body).status_code == 200
+    new = server.log.read_text(errors="replace").splitlines()[lines:]
+    if path != LOGS_WHAT_IT_REFUSES:
+        assert not [line for line in new if "ERROR" in line or "Traceback" in line]
+
+
+def test_every_engine_compacts_and_is_counted(served):
+    server, engines, _ = served
+    before = server.metrics()
+    for number in range(6 * engines):
+        prompt = [5 + (7 * i * i + number) % 300 for i in range(900)]
+        reply = post(server, "/v1/completions", prompt=prompt, max_tokens=12, ignore_eos=True)
+        assert reply.status_code == 200
+    delta = server.metrics().since(before)
+    counted = delta.by_label("vllm:kv_compaction_compactions_total", "engine")
+    assert sum(counted.values()) == 6 * engines
+    assert len(counted) == engines
+    assert delta.total("vllm:kv_compaction_seconds_count") == 6 * engines
+
+
+def test_the_startup_line_is_said(served):
+    server, _, _ = served
+    lines = server.log_lines("KV compaction is on")
+    assert lines and all(re.search(r"keeps 0\.1 of the KV \(10\.0x\)", line) for line in lines)
