@@ -38,12 +38,15 @@ from vllm_am.config import CONFIG_KEY  # noqa: E402
 #: Triton's switch to its interpreter, see ``tests/kernels/conftest.py``.
 INTERPRETER = "TRITON_INTERPRET"
 
-if not torch.cuda.is_available():
+#: Not where the caller has set it: then it stays.
+SWITCHES = not torch.cuda.is_available() and INTERPRETER not in os.environ
+
+if SWITCHES:
     os.environ[INTERPRETER] = "1"
 
 
 def pytest_collection_finish() -> None:
-    if not torch.cuda.is_available():
+    if SWITCHES:
         os.environ.pop(INTERPRETER, None)
 
 
