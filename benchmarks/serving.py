@@ -138,6 +138,12 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(base_url=f"http://{HOST}:{self.port}", timeout=ANSWER_SECONDS)
 
+    @property
+    def pid(self) -> int:
+        """Of ``vllm serve``, whose children are all other processes of the server."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def command_line(self) -> str:
         """The command with its variables, ready to be pasted into a shell, a flag per line."""
         lines = [" ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items())]

@@ -1,0 +1,369 @@
+"""Hours of a server's life in minutes: everything that clients do, right and wrong, all at once.
+
+    python -m benchmarks.soak --seconds 600 --api-servers 1 --api-servers 2
+
+Requests of all lengths, many on a shared prefix, with options of their own, some of them wrong;
+clients that hang up. Among them *bystanders*: greedy requests with compaction off, whose answers
+must be those of stock vLLM, token for token. The pool is small, so that sequences are preempted.
+
+At the end nothing may be held, nothing may have grown over the last half, every answer must have
+been what was asked for, and the log must hold no error that a client caused. The table says so; the
+exit status is 1 where it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.folders import Folder, Record, result_path, written
+from benchmarks.gpu_suite.report import Report, Row
+from benchmarks.serving import HOST, Server
+
+MODEL = Path(__file__).parent / "recall" / "model"
+#: The pool holds three of the longest sequences.
+LONGEST, BLOCKS, BLOCK = 1900, 193, 32
+SERVER = [
+    *("--max-model-len", "2048", "--num-gpu-blocks-override", str(BLOCKS)),
+    *("--block-size", str(BLOCK), "--dtype", "float32", "--served-model-name", "soak"),
+    *("--max-num-seqs", "16", "--max-num-batched-tokens", "1024", "--enforce-eager"),
+]
+COMPACTION = [
+    *("--kv-compaction", "attention-matching", "--kv-compaction-ratio", "10x"),
+    *("--kv-compaction-threshold", "512", "--kv-compaction-config", '{"recent_tokens": 32}'),
+]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+#: Clients at a time, and the share of requests that are bystanders, wrong, given up.
+CLIENTS, BYSTANDERS, WRONG, ABORTED = 12, 0.2, 0.1, 0.2
+#: Options of the others.
+RIGHT: Sequence[dict[str, Any]] = (
+    {},
+    {},
+    {"kv_compaction": "off"},
+    {"kv_compaction_ratio": "5x"},
+    {"kv_compaction_ratio": 0.02},
+    {"kv_compaction_threshold": 800},
+)
+NONSENSE: Sequence[dict[str, Any]] = (
+    {"kv_compaction": "sideways"},
+    {"kv_compaction_ratio": "0"},
+    {"kv_compaction_ratio": 7},
+    {"kv_compaction_threshold": "80%"},
+    {"kv-compaction": "off"},
+)
+#: Resident memory of all processes may grow by so much over the last half of a life of so many
+#: seconds; a shorter one is all warm-up.
+GROWTH, GROWN_UP = 0.02, 300
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to ``/v1/completions``."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+    stream: bool = False
+    given_up_after: float | None = None
+    """Seconds after which the client hangs up."""
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "model": "soak",
+            "prompt": list(self.prompt),
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": self.stream,
+            **({"vllm_xargs": self.options} if self.options else {}),
+        }
+
+
+def tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(5, 300) for _ in range(count))
+
+
+def bystanders() -> list[Ask]:
+    """The requests whose answers are known; they share no prefix with others."""
+    rng = random.Random(1)
+    return [Ask(tokens(rng, 60 + 90 * i), 24, {"kv_compaction": "off"}) for i in range(8)]
+
+
+def next_ask(rng: random.Random, prefixes: Sequence[tuple[int, ...]]) -> Ask:
+    """What another client asks."""
+    shared = rng.choice(prefixes)[: rng.choice([0, 0, 200, 700, 1200])]
+    own = tokens(rng, rng.choice([5, 40, 300, LONGEST - len(shared) - 60]))
+    wrong = rng.random() < WRONG
+    options = rng.choice(NONSENSE if wrong else RIGHT)
+    hangs_up = not wrong and rng.random() < ABORTED
+    return Ask(
+        shared + own,
+        rng.randrange(1, 60),
+        options,
+        stream=rng.random() < 0.5,
+        given_up_after=rng.uniform(0.05, 3.0) if hangs_up else None,
+    )
+
+
+#: The bystanders, with what stock vLLM answers.
+Known = list[tuple[Ask, list[int]]]
+
+
+@dataclass
+class Life:
+    """What was seen of one server."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+    """Bytes of all processes, every few seconds."""
+
+    def fault(self, what: str) -> None:
+        self.counts["faults"] += 1
+        if len(self.faults) < 20:
+            self.faults.append(what)
+
+
+async def send(client: httpx.AsyncClient, ask: Ask) -> tuple[int, list[int]]:
+    """Status and token ids of the answer.
+
+    Raises:
+        ValueError: a stream that is not one.
+    """
+    if not ask.stream:
+        reply = await client.post("/v1/completions", json=ask.body())
+        if reply.status_code != 200:
+            return reply.status_code, []
+        return 200, list(reply.json()["choices"][0]["token_ids"])
+    ids: list[int] = []
+    async with client.stream("POST", "/v1/completions", json=ask.body()) as reply:
+        if reply.status_code != 200:
+            await reply.aread()
+            return reply.status_code, []
+        last = ""
+        async for line in reply.aiter_lines():
+            if not line:
+                continue
+            last = line
+            if line.startswith("data: {"):
+                event = httpx.Response(200, content=line.removeprefix("data: ")).json()
+                if "error" in event:
+                    raise ValueError(f"an error behind 200 OK: {event['error']}")
+                ids += event["choices"][0]["token_ids"] if event["choices"] else []
+    if last != "data: [DONE]":
+        raise ValueError(f"a stream that ends with {last[:100]!r}")
+    return 200, ids
+
+
+async def one(client: httpx.AsyncClient, ask: Ask, expected: list[int] | None, life: Life) -> None:
+    """Send a request and judge the answer; ``expected`` where it is known."""
+    try:
+        if ask.given_up_after is not None:
+            try:
+                await asyncio.wait_for(send(client, ask), ask.given_up_after)
+            except TimeoutError:
+                life.counts["given up"] += 1
+            return
+        status, ids = await send(client, ask)
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+        life.fault(f"{ask.options} stream={ask.stream}: {error!r}")
+        return
+    wrong = ask.options in NONSENSE
+    if status != (400 if wrong else 200):
+        life.fault(f"HTTP {status} for {ask.options} stream={ask.stream}")
+    elif wrong:
+        life.counts["refused"] += 1
+    elif len(ids) != ask.max_tokens:
+        life.fault(f"{len(ids)} of {ask.max_tokens} tokens for {ask.options}")
+    else:
+        life.counts["answered"] += 1
+        life.counts["tokens"] += len(ids)
+        if expected is not None:
+            life.counts["bystanders"] += 1
+            if ids != expected:
+                life.fault("a bystander's answer is not stock vLLM's")
+
+
+async def load(port: int, seconds: float, seed: int, life: Life, known: Known) -> None:
+    """All clients, for so long."""
+    rng = random.Random(seed)
+    prefixes = [tokens(rng, 1300) for _ in range(3)]
+    until = time.monotonic() + seconds
+
+    async def client_of(number: int) -> None:
+        own = random.Random(f"{seed} {number}")
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=300) as client:
+            while time.monotonic() < until:
+                if own.random() < BYSTANDERS:
+                    await one(client, *own.choice(known), life)
+                else:
+                    await one(client, next_ask(own, prefixes), None, life)
+
+    await asyncio.gather(*(client_of(number) for number in range(CLIENTS)))
+
+
+def memory_of(server: Server) -> int:
+    """Resident bytes of the server and of all its processes; shared pages count once for each."""
+    root = psutil.Process(server.pid)
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def stock_answers() -> Known:
+    """What stock vLLM answers the bystanders, one after the other."""
+    found = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(str(MODEL), SERVER, Path(folder, "log"), ENVIRONMENT) as server,
+    ):
+        server.wait_until_ready()
+        for ask in bystanders():
+            body = Ask(ask.prompt, ask.max_tokens).body()
+            url = f"http://{HOST}:{server.port}/v1/completions"
+            reply = httpx.post(url, json=body, timeout=300).raise_for_status().json()
+            found.append((ask, reply["choices"][0]["token_ids"]))
+    return found
+
+
+#: Gauges that must be back at zero when nobody asks any more.
+AT_REST = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:kv_compaction_sequences",
+    "vllm:kv_compaction_fits_running",
+    "vllm:kv_compaction_slots_held",
+    "vllm:kv_compaction_blocks_held",
+)
+
+
+async def live(server: Server, seconds: float, seed: int, known: Known) -> Life:
+    """Load a server for so long, watching its memory."""
+    life = Life()
+
+    async def watch() -> None:
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("soaking", total=seconds)
+            started = time.monotonic()
+            while True:
+                life.memory.append(memory_of(server))
+                progress.update(bar, completed=time.monotonic() - started)
+                await asyncio.sleep(2)
+
+    watcher = asyncio.create_task(watch())
+    try:
+        await load(server.port, seconds, seed, life, known)
+    finally:
+        watcher.cancel()
+    return life
+
+
+def settle(server: Server, life: Life) -> None:
+    """Nothing may be held when the clients are gone: one last request lets the engine report."""
+    ask = Ask(tokens(random.Random(2), 10), 2)
+    held: dict[str, float] = {}
+    for _ in range(20):
+        url = f"http://{HOST}:{server.port}/v1/completions"
+        httpx.post(url, json=ask.body(), timeout=60).raise_for_status()
+        time.sleep(0.5)
+        metrics = server.metrics()
+        held = {name: metrics.total(name) for name in AT_REST if metrics.total(name)}
+        if not held:
+            return
+    life.fault(f"still held: {held}")
+
+
+def row_of(server: Server, life: Life, api_servers: int, seconds: float) -> Row:
+    """The outcome, for the table."""
+    metrics = server.metrics()
+    half, end = life.memory[len(life.memory) // 2], max(life.memory[-3:])
+    growth = end / half - 1
+    if growth > GROWTH and seconds >= GROWN_UP:
+        life.fault(f"memory grew by {growth:.1%} over the last half")
+    for line in server.log_lines("ERROR")[:5]:
+        life.fault(f"log: {line[:200]}")
+    return {
+        "API servers": api_servers,
+        "seconds": seconds,
+        **{
+            name: life.counts[name]
+            for name in ("answered", "tokens", "bystanders", "refused", "given up")
+        },
+        "compactions": int(metrics.total("vllm:kv_compaction_compactions_total")),
+        "preemptions": int(metrics.total("vllm:num_preemptions_total")),
+        "memory at half, MiB": half >> 20,
+        "memory at end, MiB": end >> 20,
+        "faults": life.counts["faults"],
+    }
+
+
+def soak(api_servers: int, seconds: float, seed: int, known: Known) -> tuple[Row, Life]:
+    """One server's life."""
+    flags = [*SERVER, *COMPACTION]
+    if api_servers > 1:
+        flags += ["--api-server-count", str(api_servers)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(str(MODEL), flags, Path(folder, "log"), ENVIRONMENT) as server,
+    ):
+        server.wait_until_ready()
+        life = asyncio.run(live(server, seconds, seed, known))
+        settle(server, life)
+        return row_of(server, life, api_servers, seconds), life
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="How long each server lives.")] = 120,
+    api_servers: Annotated[
+        list[int] | None, typer.Option(help="Number of API servers; may be given again.")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Folder = None,
+    record: Record = False,
+) -> None:
+    """Soak a server, write ``soak.{csv,md}``; exit status 1 if anything went wrong."""
+    folder, console = result_path(out, record), Console()
+    known = stock_answers()
+    rows, faults = [], []
+    for count in api_servers or [1]:
+        row, life = soak(count, seconds, seed, known)
+        rows.append(row)
+        faults += [f"{count} API servers: {what}" for what in life.faults]
+    notes = [
+        f"{CLIENTS} clients at once; {BYSTANDERS:.0%} of their requests are bystanders (compaction "
+        f"off, compared with stock vLLM token for token), of the others {WRONG:.0%} are wrong "
+        f"(HTTP 400) and {ABORTED:.0%} given up; a pool of {BLOCKS - 1} blocks of {BLOCK} tokens.",
+        "A fault is an answer that is not what was asked for, a gauge that is not back at zero, an "
+        f"ERROR line in the log, or memory that grew by more than {GROWTH:.0%} over the last half "
+        f"(of {GROWN_UP} seconds or more).",
+        *faults,
+    ]
+    Report("soak", "A server's life under everything that clients do", rows, notes).write(folder)
+    console.print((folder / "soak.md").read_text(), markup=False)
+    console.print(written(folder, "soak.md", "soak.csv"), markup=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

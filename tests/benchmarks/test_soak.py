@@ -1,0 +1,36 @@
+"""A short life of a server under everything that clients do, with one and with two API servers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.engine.driver import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+
+@pytest.mark.parametrize("api_servers", ["1", "2"])
+def test_nothing_goes_wrong(tmp_path, api_servers):
+    command = ("--seconds", "60", "--api-servers", api_servers, "--out", str(tmp_path))
+    # The driver's variables are for engines in this process.
+    mine = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", *command],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key not in mine},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    with (tmp_path / "soak.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["faults"]) == 0 and row["API servers"] == api_servers
+    for name in ("answered", "bystanders", "refused", "given up", "compactions"):
+        assert int(row[name]) >= 5, (name, row)
