@@ -13,8 +13,10 @@ endif
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-$(ENGINE)
-# Tests run in so many processes, each on a core of its own; one at a time where they share a GPU.
-JOBS ?= $(if $(filter cuda,$(ENGINE)),1,$(shell nproc 2>/dev/null || echo 2))
+# Tests run in so many processes, each on a core of its own (up to 8: each may need 4 GiB); one at a
+# time where they share a GPU.
+CORES := $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(if $(filter cuda,$(ENGINE)),1,$(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 ))))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
