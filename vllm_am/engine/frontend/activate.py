@@ -71,7 +71,8 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
     logger.info(
         "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
         "%d layers x %d KV heads, last %d and first %d tokens stay exact; in whole blocks of %d "
-        "compacted spans shrink by %.1fx to %.1fx",
+        "compacted spans shrink by %.1fx to %.1fx (the custom scheduler class that vLLM warns of "
+        "is this plugin's)",
         limits.config.method,
         ratio,
         1 / ratio,
