@@ -39,6 +39,7 @@ def _serve(model, budgets, **options):
         return pages, engine.totals.slots // BLOCK, outputs["0"]
 
 
+@pytest.mark.slow
 def test_blocks_are_the_sum_of_the_budgets(tiny_model, tmp_path):
     """Uniform, global and a file: the pages of all heads are the pages of the blocks held."""
     uniform, blocks, _ = _serve(tiny_model, "uniform")

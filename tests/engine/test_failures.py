@@ -125,6 +125,7 @@ def test_span_that_would_not_shrink_is_left_alone(tiny_model, stock):
         assert engine.totals.compactions == 0 and not engine.totals.failures
 
 
+@pytest.mark.slow
 def test_fit_above_the_error_bound_keeps_more_slots(tiny_model, stock):
     """``max_error``: doubled until the error is below it; if nothing would be saved, exact."""
     with driver.start(tiny_model, {**OPTIONS, "ratio": 0.05}) as engine:
@@ -181,6 +182,7 @@ def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
 SMALL_POOL = {"num_gpu_blocks_override": 37, "max_model_len": 2048, "max_num_batched_tokens": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(("prompt", "answer"), [(1300, 8), (600, 700)], ids=["prompt", "answer"])
 def test_what_never_fits_is_finished_with_an_error(

@@ -159,6 +159,7 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
         assert engine.used_blocks == 0 and not state.fitting.running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("force_async", "queries"),
     [(False, "context-rotated"), (True, "context-rotated"), (True, "repeat-prefill")],

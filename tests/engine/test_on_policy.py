@@ -112,6 +112,7 @@ def test_one_sequence_after_the_other_where_a_step_reads_no_two(tiny_model):
         assert engine.totals.compactions == 3 and not engine.totals.reference_shortfalls
 
 
+@pytest.mark.slow
 def test_without_room_in_one_step_the_fit_comes_behind_the_passes(tiny_model):
     """A span that no step reads in whole: what fits of it is; where nothing does, as if off."""
     some = {**ON_POLICY, "pass_tokens": 64}
@@ -136,6 +137,7 @@ def test_without_room_in_one_step_the_fit_comes_behind_the_passes(tiny_model):
         assert engine.totals.compactions == engine.totals.reference_shortfalls == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fit", "forward", "measure"])
 def test_a_failure_leaves_everybody_exact(tiny_model, monkeypatch, kind):
     """In the middle of a forward pass that also computes another sequence's next token."""
