@@ -11,6 +11,7 @@ weights: nothing here is about quality, which ``benchmarks/quality`` measures).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -36,6 +37,8 @@ class Workload:
     thresholds: tuple[int | str, ...]
     block_size: int
     engine: dict[str, Any]
+    warmups: int | None = None
+    """Requests of the run before the measured one; None for as many."""
 
 
 #: A GPU's: 32k-token contexts of Qwen3-4B, 20x. The paper's and the product's case.
@@ -50,6 +53,9 @@ GPU = Workload(
     block_size=16,
     engine={"gpu_memory_utilization": 0.9},
 )
+
+#: Of it, what fits two minutes.
+GPU_PAIR = replace(GPU, requests=12, pools=(2,), thresholds=(4096,), warmups=1)
 
 #: Something two CPU cores can do in minutes. Weights are small beside the KV cache, as on a GPU.
 #: The model is so small that a fit costs as much as some hundred of its tokens: answers are long.
@@ -94,10 +100,9 @@ def workload(smoke: bool) -> Workload:
     return GPU if torch.cuda.is_available() else CPU
 
 
-def rows_of(load: Workload) -> list[Row]:
+def rows_of(load: Workload) -> Iterator[Row]:
     """Per pool size: stock vLLM, and ours with each threshold, with its ratios to stock."""
     options = [{"ratio": load.ratio, "threshold": threshold} for threshold in load.thresholds]
-    rows: list[Row] = []
     context = load.prompt_tokens + load.output_tokens
     for pool in load.pools:
         case = EngineCase(
@@ -105,6 +110,7 @@ def rows_of(load: Workload) -> list[Row]:
             requests=load.requests,
             prompt_tokens=load.prompt_tokens,
             output_tokens=load.output_tokens,
+            warmups=load.warmups,
             engine={
                 "max_model_len": context + 64,
                 "max_num_seqs": load.requests,
@@ -114,14 +120,13 @@ def rows_of(load: Workload) -> list[Row]:
                 **load.engine,
             },
         )
-        rows += compare(case, *options, **{"pool, contexts": pool})
-    return rows
+        yield from compare(case, *options, **{"pool, contexts": pool})
 
 
-def compare(case: EngineCase, *options: dict[str, Any], **columns: object) -> list[Row]:
+def compare(case: EngineCase, *options: dict[str, Any], **columns: object) -> Iterator[Row]:
     """Stock vLLM and ours with each of the options, one after the other, and the ratios."""
     stock = run_engine(case)
-    rows = [_row(case, stock, **columns)]
+    yield _row(case, stock, **columns)
     for each in options:
         ours_case = replace(case, kv_compaction=each)
         ours = run_engine(ours_case)
@@ -129,8 +134,7 @@ def compare(case: EngineCase, *options: dict[str, Any], **columns: object) -> li
         speed = ours.output_tokens_per_second / stock.output_tokens_per_second
         row["ours / stock, tokens/s"] = speed
         row["ours / stock, at once"] = ours.most_running / stock.most_running
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _row(case: EngineCase, result: EngineResult, **columns: object) -> Row:
@@ -151,7 +155,16 @@ def _row(case: EngineCase, result: EngineResult, **columns: object) -> Row:
 
 def report(smoke: bool) -> Report:
     """The table, with its notes."""
-    load = workload(smoke)
+    return report_of(workload(smoke))
+
+
+def pair(smoke: bool) -> Report:
+    """The same of one small pool and one threshold."""
+    return report_of(replace(SMOKE, thresholds=(256,)) if smoke else GPU_PAIR)
+
+
+def report_of(load: Workload) -> Report:
+    """The table of a workload."""
     notes = [
         f"Compacted to {load.ratio:g}; `threshold`: tokens of a sequence, or share of the pool.",
         "Random tokens and dummy weights: no statement about quality, which `benchmarks/quality` "

@@ -369,9 +369,8 @@ def main(
         if not equals or not Path(path).is_file():
             raise typer.BadParameter(f"--published={argument!r}: expected NAME=FILE")
         files[name] = Path(path)
-    table = report(files, smoke)
-    table.write(folder)
-    plot(folder / "page_overhead.png", table.rows)
+    rows = report(files, smoke).write(folder)
+    plot(folder / "page_overhead.png", rows)
     typer.echo((folder / "page_overhead.md").read_text())
     typer.echo(written(folder, "page_overhead.md", "page_overhead.csv", "page_overhead.png"))
 

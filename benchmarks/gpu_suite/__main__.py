@@ -3,107 +3,97 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.folders import result_path, written
+from benchmarks.fresh_process import environment
 from benchmarks.gpu_suite.report import Report, command_line
+from benchmarks.gpu_suite.stages import DRY, STAGES, Stage
+from benchmarks.gpu_suite.watch import TIMED_OUT, Outcome, run_watched
 from benchmarks.machine import machine_line
 
 ROOT = Path(__file__).parents[2]
-#: Seconds that a part may take.
-LIMIT = 600
+
+#: Under so many seconds no stage is started: it would tell nothing.
+_LEAST = 10
+
+#: What the log of a run is called, the table of its stages, and the archive of their results.
+LOG, TABLE, BUNDLE = "log.txt", "stages", "results.tar.gz"
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part: tests (arguments of pytest), or a benchmark that makes a report."""
-
-    name: str
-    shows: str
-    tests: tuple[str, ...] = ()
-    report: Callable[[bool], Report] | None = None
-
-
-# Imported when they run: the list of parts must not need Triton.
-def _fit(smoke: bool) -> Report:
-    from benchmarks.gpu_suite import fit_speed
-
-    return fit_speed.report(smoke)
-
-
-def _attention(smoke: bool) -> Report:
-    from benchmarks.gpu_suite import attention_speed
-
-    return attention_speed.report(smoke)
-
-
-def _overhead(smoke: bool) -> Report:
-    from benchmarks.gpu_suite import engine_speed
-
-    return engine_speed.overhead(smoke)
-
-
-def _memory_bound(smoke: bool) -> Report:
-    from benchmarks import memory_bound
-
-    return memory_bound.report(smoke)
-
-
-#: In this order: what fails first says most.
-PARTS = (
-    Part(
-        "kernels",
-        "every kernel against its reference, on the device",
-        # Compilation without a GPU, and the solver on the host, are CI's.
-        (
-            "tests/kernels",
-            "--ignore=tests/kernels/test_compile.py",
-            "--ignore=tests/kernels/test_csrc.py",
-        ),
-    ),
-    Part("engine", "identity and compaction end to end, graphs on", ("tests/gpu",)),
-    Part("attention", "decode attention: bandwidth, FlashAttention", report=_attention),
-    Part("fit", "time of a compaction", report=_fit),
-    Part("overhead", "cost of the flag with nothing compacted", report=_overhead),
-    Part("memory-bound", "gain against the size of the KV pool", report=_memory_bound),
-)
-
-
-def run_tests(part: Part) -> int:
-    """pytest's exit status; "no tests collected" counts as a failure."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *part.tests]
-    return subprocess.run(command, cwd=ROOT, timeout=LIMIT, check=False).returncode
-
-
-def run_here(part: Part, folder: Path, smoke: bool, command: str) -> int:
-    """Make and write the report of a part; ``command`` is what the user typed."""
-    assert part.report is not None
-    report = part.report(smoke)
+def run_here(stage: Stage, folder: Path, smoke: bool, command: str) -> None:
+    """Make and write the report of a stage; ``command`` is what the user typed."""
+    assert stage.report is not None
+    report = stage.report(smoke)
     report.write(folder, command)
     print((folder / f"{report.name}.md").read_text())
     print(written(folder, f"{report.name}.md", f"{report.name}.csv"), flush=True)
-    return 0
 
 
-def run_apart(part: Part, arguments: list[str]) -> int:
-    """A benchmark in a process of its own: a crash or a hang ends only that part."""
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--part", part.name]
-    command += ["--here", command_line(), *arguments]
-    try:
-        return subprocess.run(command, cwd=ROOT, timeout=LIMIT).returncode
-    except subprocess.TimeoutExpired:
-        print(f"{part.name}: over {LIMIT} s", flush=True)
-        return 1
+def run_stages(
+    stages: list[Stage], folder: Path, smoke: bool, deadline: float, bundle: bool = False
+) -> list[Stage]:
+    """Run stages one after the other, whatever becomes of each; those that failed.
+
+    The log, the table of the stages and the results so far are in ``folder`` after each of them.
+
+    Args:
+        deadline: of all of them, in the seconds of ``time.time``.
+        bundle: put the results into one archive.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Path(tempfile.mkdtemp()) if bundle else folder
+    typed = command_line()
+    rows: list[dict[str, object]] = []
+    failed = []
+    variables = environment(**({DRY: "1"} if smoke else {}))
+    with (folder / LOG).open("w") as log:
+        log.write(f"{typed}\n{machine_line()}\n")
+        for stage in stages:
+            limit = min(stage.limit, deadline - time.time())
+            if limit < _LEAST:
+                outcome = Outcome(TIMED_OUT, 0.0, "no time left\n")
+            else:
+                log.write(f"\n===== {stage.name}: {stage.shows}; at most {limit:.0f} s\n")
+                outcome = run_watched(
+                    stage.words(smoke, results.absolute(), typed),
+                    limit=limit,
+                    log=log,
+                    cwd=ROOT,
+                    environment=variables,
+                )
+            if outcome.status != 0:
+                failed.append(stage)
+            print(f"== {stage.name}: exit {outcome.status}, {outcome.seconds:.0f} s")
+            print(outcome.tail, flush=True)
+            rows.append(
+                {
+                    "stage": stage.name,
+                    "shows": stage.shows,
+                    "exit": outcome.status,
+                    "seconds": round(outcome.seconds),
+                    "limit": round(limit),
+                    "on paper": stage.paper,
+                }
+            )
+            notes = [f"Exit {TIMED_OUT}: ended at its limit. `on paper`: for an H100."]
+            Report(TABLE, "Stages of the GPU suite", rows, notes).write(folder, typed, csv=False)
+            if bundle:
+                with tarfile.open(folder / BUNDLE, "w:gz") as archive:
+                    archive.add(results, arcname="gpu")
+    return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--part", action="append", choices=[p.name for p in PARTS])
+    parser.add_argument("--act", type=int, choices=[1, 2], help="the stages of a short command")
+    parser.add_argument("--stage", action="append", choices=[stage.name for stage in STAGES])
+    parser.add_argument("--seconds", type=float, help="time for all of it; default: no end")
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "--out", type=Path, help="folder of the results; default: benchmarks/out/gpu"
@@ -111,15 +101,20 @@ def main() -> int:
     place.add_argument(
         "--record", action="store_true", help="replace the committed results instead"
     )
+    parser.add_argument("--bundle", action="store_true", help="results in one archive")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any machine")
-    parser.add_argument("--list", action="store_true", help="list the parts")
+    parser.add_argument("--list", action="store_true", help="list the stages")
     parser.add_argument("--plot", action="store_true", help="draw the results that are there")
-    # The command that the user typed, where this process runs a part of it.
+    # Of short.sh: when it was started, in seconds of the epoch.
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    # The command that the user typed, where this process runs a stage of it.
     parser.add_argument("--here", metavar="COMMAND", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = result_path(options.out, options.record, "gpu")
     if options.list:
-        print("\n".join(f"{part.name:14}{part.shows}" for part in PARTS))
+        for stage in STAGES:
+            act = f"act {stage.act}" if stage.act else ""
+            print(f"{stage.name:19}{act:7}{stage.paper:5} s on paper   {stage.shows}")
         return 0
     if options.plot:
         from benchmarks.gpu_suite.plot import plot_results
@@ -132,19 +127,20 @@ def main() -> int:
     if not torch.cuda.is_available() and not options.smoke:
         print("no CUDA device: this suite measures one (--smoke tries the code anywhere)")
         return 2
-    chosen = [part for part in PARTS if options.part is None or part.name in options.part]
+    stages = [
+        stage
+        for stage in STAGES
+        if (stage.name in options.stage if options.stage else options.act in (None, stage.act))
+    ]
     if options.here:
-        return max(run_here(part, folder, options.smoke, options.here) for part in chosen)
+        run_here(stages[0], folder, options.smoke, options.here)
+        return 0
     print(machine_line(), flush=True)
-    failed = []
-    passed_on = ["--out", str(folder.absolute()), *(["--smoke"] if options.smoke else [])]
-    for part in chosen:
-        start = time.monotonic()
-        status = run_tests(part) if part.tests else run_apart(part, passed_on)
-        print(f"== {part.name}: exit {status}, {time.monotonic() - start:.0f} s", flush=True)
-        if status != 0:
-            failed.append(part.name)
-    print(f"failed: {', '.join(failed) or 'none'}")
+    deadline = (options.started or time.time()) + (options.seconds or float("inf"))
+    if options.smoke and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # of the stages
+    failed = run_stages(stages, folder, options.smoke, deadline, options.bundle)
+    print(f"failed: {', '.join(stage.name for stage in failed) or 'none'}")
     return 1 if failed else 0
 
 

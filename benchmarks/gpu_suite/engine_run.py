@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fresh_process import run_fresh
+from benchmarks.fresh_process import environment, run_fresh
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class EngineCase:
         output_tokens: generated for each, whatever they are.
         kv_compaction: options of the plugin; None is stock vLLM.
         engine: further arguments of ``LLM``.
+        warmups: requests of the first run, which is not measured; None for as many.
     """
 
     model: dict[str, Any]
@@ -35,11 +36,12 @@ class EngineCase:
     output_tokens: int
     kv_compaction: dict[str, Any] | None = None
     engine: dict[str, Any] = field(default_factory=dict)
+    warmups: int | None = None
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What came of it; ``seconds`` and the rates are of the second of two equal runs."""
+    """What came of it, in the second of two runs."""
 
     seconds: float
     output_tokens_per_second: float
@@ -59,7 +61,9 @@ def run_engine(case: EngineCase, timeout: float = 580) -> EngineResult:
     """
     defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     module = "benchmarks.gpu_suite.engine_run"
-    return EngineResult(**run_fresh(module, asdict(case), defaults | os.environ, timeout))
+    return EngineResult(
+        **run_fresh(module, asdict(case), environment(**(defaults | os.environ)), timeout)
+    )
 
 
 def _serve(case: EngineCase) -> EngineResult:
@@ -96,7 +100,8 @@ def _serve(case: EngineCase) -> EngineResult:
     seconds, most_running = 0.0, 0
     for turn in range(2):
         generator = torch.Generator().manual_seed(turn)
-        size = (case.requests, case.prompt_tokens)
+        requests = case.requests if turn or case.warmups is None else case.warmups
+        size = (requests, case.prompt_tokens)
         prompts = torch.randint(5, case.model["vocab_size"], size, generator=generator).tolist()
         for index, prompt in enumerate(prompts):
             engine.add_request(f"{turn}-{index}", {"prompt_token_ids": prompt}, params)

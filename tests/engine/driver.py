@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fresh_process import run_fresh
+from benchmarks.fresh_process import environment, run_fresh
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -183,8 +183,8 @@ def mixed_asks(count: int, seed: int, longest: int = 500, max_tokens: int = 14) 
 
 def run_case(case: dict[str, Any], timeout: float = 540) -> dict[str, Any]:
     """Run one case in a fresh process; see ``main`` for its keys."""
-    environment = {**os.environ, **case.get("environment", {}), "PYTHONPATH": str(ROOT)}
-    result: dict[str, Any] = run_fresh("tests.engine.driver", case, environment, timeout)
+    variables = environment(**case.get("environment", {}))
+    result: dict[str, Any] = run_fresh("tests.engine.driver", case, variables, timeout)
     return result
 
 

@@ -7,7 +7,6 @@ that this machine has an H200. What a GPU has to prove is in ``tests/gpu``.
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from dataclasses import asdict
 
 import pytest
 
+from benchmarks.fresh_process import environment
 from tests.engine import driver
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -32,7 +32,7 @@ def checks() -> str:
         capture_output=True,
         text=True,
         cwd=driver.ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(driver.ROOT)},
+        env=environment(TRITON_INTERPRET="1"),
     )
     return process.stdout
 
@@ -122,7 +122,7 @@ def test_an_h200_gets_the_gpu_classes(tiny_model):
         capture_output=True,
         text=True,
         cwd=driver.ROOT,
-        env={**os.environ, "PYTHONPATH": str(driver.ROOT)},
+        env=environment(),
     )
     assert process.returncode == 0, process.stderr[-6000:]
     found = json.loads(process.stdout.splitlines()[-1])
