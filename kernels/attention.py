@@ -13,8 +13,9 @@ With s_j = scale q.k_j + b_j over the slots j, and (o, lse) of the live part, th
 The query heads that share a KV head, times some query tokens, are the rows of one tile, so that
 pages are read once for all of them. There are two ways through the kernel:
 
-- *Split*, for rows with few tokens (decode, verification of drafts): a head's slots are divided
-  among programs, which leave partial sums in a workspace; the last one to arrive adds them up.
+- *Split*, for rows with few tokens (decode, verification of drafts), also in a step with a chunk of
+  another row's prefill: a head's slots are divided among programs, which leave partial sums in a
+  workspace; the last one to arrive adds them up.
   It adds them in the order of the splits, so the result does not depend on who is last.
   (A second kernel to add them would be one more launch in every layer of every step, also when
   nothing is compacted.)
@@ -67,10 +68,13 @@ class RowTables:
         page_tables: int64 [rows], device address of the row's page table (``pages.page_table``,
             int32), or 0 if nothing of the row is compacted. Whoever writes the addresses keeps
             the tables alive.
+        active: int32 [1] or None; 0: no row has anything compacted, and no query is captured. The
+            launch is over at once then, without a look at any row.
     """
 
     query_start_loc: Tensor
     page_tables: Tensor
+    active: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,8 @@ class CompactedAttentionWorkspace:
         group: query heads per KV head.
         head_dim: D.
         device: where.
-        max_query_len: launches with up to so many tokens per row are split (while they make a
-            tile of no more rows than a chunk's), others are not: 1 plus the number of speculative
-            tokens.
+        max_query_len: rows with up to so many tokens are split (while they make a tile of no more
+            rows than a chunk's), others are not: 1 plus the number of speculative tokens.
         programs: how many programs a split launch may have before rows x heads alone exceed it;
             by default a multiple of the multiprocessors.
     """
@@ -230,56 +233,66 @@ def attend_compacted(
     if num_rows == 0 or tokens == 0:
         return
 
-    split = max_query_len <= min(workspace.max_query_len, _CHUNK_ROWS // group)
-    if split:
-        query_rows = group * max_query_len
-    else:
-        width = triton.next_power_of_2(head_dim) * query.itemsize
-        query_rows = max(group, min(_CHUNK_ROWS, _CHUNK_BYTES // width))
-    tile = Tile.of(query_rows, head_dim, query.itemsize, workspace.shared_memory)
-    if split:
-        grid = (workspace.splits(num_rows), heads, num_rows)
-    else:
-        # A row has a block more than its share of the tokens, whatever the tokens' distribution.
-        grid = (tokens // (tile.rows // group) + num_rows, heads, 1)
-    attend_compacted_kernel[grid](
-        query,
-        output,
-        live_lse,
-        kv.pages,
-        kv.bias,
-        rows.query_start_loc,
-        rows.page_tables,
-        None if capture is None else capture.slots,
-        None if capture is None else capture.pool,
-        workspace.maxima,
-        workspace.sums,
-        workspace.outputs,
-        workspace.arrivals,
-        num_rows,
-        layer * heads,
-        group * workspace.max_query_len,
-        scale * LOG2E.value,
-        query.stride(0),
-        query.stride(1),
-        output.stride(0),
-        output.stride(1),
-        live_lse.stride(0),
-        0 if capture is None else capture.pool.stride(0),
-        0 if capture is None else capture.pool.stride(1),
-        H=heads,
-        G=group,
-        D=head_dim,
-        N=kv.block_size,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.slots,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        MIN_TILES=max(1, _MIN_SPLIT_SLOTS // tile.slots),
-        SPLIT=split,
-        CAPTURE=capture is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    # Rows of few tokens are split, others go tile by tile; a step that mixes them has both.
+    few = min(workspace.max_query_len, _CHUNK_ROWS // group)
+    launches = []
+    if few > 0:
+        launches.append((True, 1, min(few, max_query_len)))
+    if max_query_len > few:
+        launches.append((False, few + 1, tokens))
+    for split, least_tokens, most_tokens in launches:
+        if split:
+            query_rows = group * most_tokens
+        else:
+            width = triton.next_power_of_2(head_dim) * query.itemsize
+            query_rows = max(group, min(_CHUNK_ROWS, _CHUNK_BYTES // width))
+        tile = Tile.of(query_rows, head_dim, query.itemsize, workspace.shared_memory)
+        if split:
+            grid = (workspace.splits(num_rows), heads, num_rows)
+        else:
+            # A row has a block more than its share of the tokens, however they are distributed.
+            grid = (tokens // (tile.rows // group) + num_rows, heads, 1)
+        attend_compacted_kernel[grid](
+            query,
+            output,
+            live_lse,
+            kv.pages,
+            kv.bias,
+            rows.query_start_loc,
+            rows.page_tables,
+            rows.active,
+            None if capture is None else capture.slots,
+            None if capture is None else capture.pool,
+            workspace.maxima,
+            workspace.sums,
+            workspace.outputs,
+            workspace.arrivals,
+            num_rows,
+            least_tokens,
+            most_tokens,
+            layer * heads,
+            group * workspace.max_query_len,
+            scale * LOG2E.value,
+            query.stride(0),
+            query.stride(1),
+            output.stride(0),
+            output.stride(1),
+            live_lse.stride(0),
+            0 if capture is None else capture.pool.stride(0),
+            0 if capture is None else capture.pool.stride(1),
+            H=heads,
+            G=group,
+            D=head_dim,
+            N=kv.block_size,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.slots,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            MIN_TILES=max(1, _MIN_SPLIT_SLOTS // tile.slots),
+            SPLIT=split,
+            CAPTURE=capture is not None,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def attend_compacted_reference(

@@ -109,7 +109,15 @@ def _merge_live(b_max, b_sum, b_acc, p_output, p_lse, m_m, m_d):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "first_head", "partial_rows", "scale_log2", "stride_lse"],
+    do_not_specialize=[
+        "rows",
+        "least_tokens",
+        "most_tokens",
+        "first_head",
+        "partial_rows",
+        "scale_log2",
+        "stride_lse",
+    ],
 )
 def attend_compacted_kernel(
     query,
@@ -119,6 +127,7 @@ def attend_compacted_kernel(
     bias,
     query_start_loc,
     page_tables,
+    active,
     capture_slots,
     query_pool,
     maxima,
@@ -126,6 +135,8 @@ def attend_compacted_kernel(
     outputs,
     arrivals,
     rows,
+    least_tokens,
+    most_tokens,
     first_head,
     partial_rows,
     scale_log2,
@@ -150,14 +161,19 @@ def attend_compacted_kernel(
     """See the head of this file. Arguments are those of ``attend_compacted``, taken apart.
 
     Grid: (splits, H, rows) if SPLIT, else (blocks of query tokens, H, 1). Tile row m is query
-    head m % G of KV head i_h at query token m // G.
+    head m % G of KV head i_h at query token m // G. Rows of fewer tokens than ``least_tokens`` or
+    more than ``most_tokens`` are another launch's.
     """
+    if active is not None:  # noqa: SIM102  (known at compile time)
+        if tl.load(active) == 0:
+            return
     BLOCK_TOKENS: tl.constexpr = BLOCK_M // G
     i_h = tl.program_id(1)
     if SPLIT:
         i_split = tl.program_id(0)
         i_row = tl.program_id(2)
-        first_token = tl.load(query_start_loc + i_row)
+        row_start = tl.load(query_start_loc + i_row)
+        first_token = row_start
     else:
         i_split = 0
         i_row = _row_of_block(query_start_loc, rows, tl.program_id(0), BLOCK_TOKENS)
@@ -166,7 +182,8 @@ def attend_compacted_kernel(
         first_token = row_start + i_block * BLOCK_TOKENS
     end_token = tl.load(query_start_loc + i_row + 1)
     address = tl.load(page_tables + i_row)  # here: the three loads are under way at once
-    if first_token >= end_token:
+    tokens = end_token - row_start
+    if (first_token >= end_token) | (tokens < least_tokens) | (tokens > most_tokens):
         return
 
     o_m = tl.arange(0, BLOCK_M)

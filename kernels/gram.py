@@ -167,7 +167,7 @@ class _Design:
         )
         count, rows, columns = high.shape
         _, size, width = keys.shape
-        parts = split_width(width)
+        parts = split_width(width, keys.dtype)
         (tiling,) = tiling_for(_TILINGS, width, keys.dtype)
         row_blocks, key_blocks = (
             triton.cdiv(rows, tiling.block_n),

@@ -92,7 +92,7 @@ def _forward(
     heads, rows, width = queries.shape
     values = cache.values
     value_width = 0 if values is None else values.shape[-1]
-    parts, value_parts = split_width(width), split_width(value_width)
+    parts, value_parts = (split_width(size, queries.dtype) for size in (width, value_width))
     tiling, _ = tiling_for(_TILINGS, max(width, value_width), queries.dtype)
     query_blocks = triton.cdiv(rows, tiling.block_n)
     lse = queries.new_empty(heads, rows, dtype=torch.float32)
@@ -139,7 +139,7 @@ def _scores(
     """Pass 2: each norm [H, T]."""
     heads, rows, width = queries.shape
     columns = cache.columns
-    parts = split_width(width)
+    parts = split_width(width, queries.dtype)
     _, tiling = tiling_for(_TILINGS, width, queries.dtype)
     key_blocks = triton.cdiv(columns, tiling.block_t)
     # Few keys: the queries are split, so that every multiprocessor has a few blocks to work on.

@@ -18,7 +18,7 @@ def decode_row(
     """One decode step of ``rows`` sequences that are all compact.
 
     Args:
-        slots: per KV head on average.
+        slots: per KV head on average; 0: nothing is compacted, as where the flag is on in vain.
         uneven: heads have 0.25 to 1.75 times the average instead of all the same.
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float16
@@ -42,7 +42,8 @@ def decode_row(
     output = torch.zeros_like(query)
     lse = torch.full((kv_heads * group, rows), float("-inf"), device=device())
     loc = torch.arange(rows + 1, dtype=torch.int32, device=device())
-    pointers = torch.tensor([t.data_ptr() for t in tables], device=device())
+    pointers = torch.tensor([t.data_ptr() if slots else 0 for t in tables], device=device())
+    active = torch.full((1,), int(slots > 0), dtype=torch.int32, device=device())
     workspace = CompactedAttentionWorkspace(rows, kv_heads, group, dim, device())
 
     works: dict[str, Work] = {
@@ -52,16 +53,16 @@ def decode_row(
             lse,
             kv,
             0,
-            RowTables(loc, pointers),
+            RowTables(loc, pointers, active),
             workspace,
             scale=dim**-0.5,
             max_query_len=1,
         )
     }
-    if torch.cuda.is_available() and not uneven:
+    if torch.cuda.is_available() and slots and not uneven:
         works["FlashAttention"] = _flash_attention(query, cache, rows, slots, loc)
     times = replayed(works)
-    moved = sum(counts) * rows * block * (2 * dim * cache.itemsize + 4)
+    moved = slots and sum(counts) * rows * block * (2 * dim * cache.itemsize + 4)
     row: Row = {
         "sequences": rows,
         "slots per head": slots,
@@ -115,6 +116,8 @@ def report(smoke: bool) -> Report:
     bandwidth = copy_bandwidth(1 << 20 if smoke else 4 << 30)
 
     def rows() -> Iterator[Row]:
+        for sequences in sorted({sequences for sequences, _ in sizes}):
+            yield decode_row(sequences, 0, uneven=False, **shape)
         for sequences, slots in sizes:
             for uneven in (False, True):
                 row = decode_row(sequences, slots, uneven=uneven, **shape)

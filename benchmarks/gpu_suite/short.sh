@@ -17,6 +17,10 @@ if [ -f .gpu/bootstrap.sh ] && ! "$python" -c 'import vllm' 2>/dev/null; then
   # shellcheck disable=SC1091
   . .gpu/bootstrap.sh
 fi
+# Where it is not, vLLM would ask for its sampler all the same.
+if ! "$python" -c 'import flashinfer' 2>/dev/null; then
+  export VLLM_USE_FLASHINFER_SAMPLER=0
+fi
 # No compiler runs on the device: what csrc/ holds is compiled by NVRTC when it is first used.
 export VLLM_AM_BUILD_CSRC=0 PYTHONUNBUFFERED=1
 

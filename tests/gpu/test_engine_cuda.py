@@ -106,8 +106,7 @@ def serve(
     )
 
 
-def make_setup(path: Path, head_dim: int, dtype: str) -> Setup:
-    model = make_random_model(path, head_dim=head_dim)
+def make_setup(model: Path, dtype: str) -> Setup:
     asks = driver.mixed_asks(REQUESTS, seed=7)
     stock = serve(model, dtype, asks, options={"attention_backend": "FLASH_ATTN"} if ON_GPU else {})
     if ON_GPU:
@@ -117,13 +116,21 @@ def make_setup(path: Path, head_dim: int, dtype: str) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    return make_setup(tmp_path_factory.mktemp("half"), 64, "float16")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, served in float16."""
+    return make_random_model(tmp_path_factory.mktemp("half"), head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def half(small: Path) -> Setup:
+    return make_setup(small, "float16")
 
 
 @pytest.fixture(scope="module")
 def bfloat(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    return make_setup(tmp_path_factory.mktemp("bfloat"), 128, "bfloat16")
+    return make_setup(
+        make_random_model(tmp_path_factory.mktemp("bfloat"), head_dim=128), "bfloat16"
+    )
 
 
 def check_compacted(result: dict[str, Any], compactions: int) -> None:
@@ -164,13 +171,13 @@ def test_nothing_compacted(half):
 
 
 @pytest.mark.parametrize("runner", ["v2", "v1"])
-def test_a_quarter_frees_blocks(half, runner):
+def test_a_quarter_frees_blocks(small, runner):
     asks = [
         driver.Ask(driver.random_prompt(random.Random(i), 700 + 90 * i), 60, arrives=3 * i)
         for i in range(8)
     ]
     compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32}
-    result = serve(half.model, half.dtype, asks, runner, kv_compaction=compaction)
+    result = serve(small, "float16", asks, runner, kv_compaction=compaction)
     check_compacted(result, compactions=8)
     assert result["blocks_freed"] >= 8 * 10  # of 22 blocks and more per sequence
     assert all(len(output) == 60 for output in result["outputs"].values())
@@ -187,17 +194,17 @@ def test_on_policy(half, runner):
     half.check_parity(result)
 
 
-def test_merged_segments(half):
+def test_merged_segments(small):
     asks = [driver.Ask(driver.random_prompt(random.Random(i), 900), 200) for i in range(4)]
     compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "merge_slots": 64}
     options = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 65}
-    result = serve(half.model, half.dtype, asks, kv_compaction=compaction, options=options)
+    result = serve(small, "float16", asks, kv_compaction=compaction, options=options)
     check_compacted(result, compactions=8)
     assert result["merges"] >= 4
     assert all(len(output) == 200 for output in result["outputs"].values())
 
 
-def test_ngram_speculation(half):
+def test_ngram_speculation(small):
     asks = [driver.Ask(driver.random_prompt(random.Random(i), 40) * 6, 40) for i in range(6)]
     speculative = {
         "method": "ngram",
@@ -206,7 +213,7 @@ def test_ngram_speculation(half):
         "prompt_lookup_min": 2,
     }
     options = {"speculative_config": speculative}
-    stock = serve(half.model, half.dtype, asks, "v1")
-    result = serve(half.model, half.dtype, asks, "v1", kv_compaction=IDENTITY, options=options)
+    stock = serve(small, "float16", asks, "v1")
+    result = serve(small, "float16", asks, "v1", kv_compaction=IDENTITY, options=options)
     check_compacted(result, compactions=6)
-    Setup(half.model, half.dtype, asks, stock).check_parity(result)
+    Setup(small, "float16", asks, stock).check_parity(result)

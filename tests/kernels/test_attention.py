@@ -243,11 +243,48 @@ def test_any_number_of_splits(device, programs):
 
 
 def test_regimes_agree(device):
-    """The same rows as a decode step and as chunks."""
+    """The same rows split, and as chunks."""
     batch = make_batch(device, VERIFY, LENGTHS)
-    torch.testing.assert_close(
-        batch.attend(max_query_len=4), batch.attend(max_query_len=5), rtol=1e-5, atol=1e-5
-    )
+    chunks = batch.attend(workspace=batch.workspace(max_query_len=0))
+    torch.testing.assert_close(batch.attend(), chunks, rtol=1e-5, atol=1e-5)
+    assert not same_bytes(batch.attend(), chunks)
+
+
+@pytest.mark.parametrize("query_lens", [CHUNKS, [40, 1, 1, 4, 5, 0]], ids=["chunks", "mixed"])
+def test_rows_of_few_tokens_are_split_beside_chunks(device, query_lens):
+    """To the bit as in a step of their own: a prefill chunk in the batch does not slow them."""
+    batch = make_batch(device, query_lens, LENGTHS)
+    workspace = batch.workspace()
+    whole = batch.attend(workspace=workspace)
+    assert_close_to_reference(whole, batch)
+    few = [length if length <= 4 else 0 for length in query_lens]
+    # The same tokens, but the long rows have no share in the step.
+    alone = whole.clone()
+    for row, (length, kept) in enumerate(zip(query_lens, few, strict=True)):
+        if kept == 0 or batch.tables[row] is None:
+            continue
+        tokens = slice(batch.starts[row], batch.starts[row] + length)
+        starts = torch.full_like(batch.rows.query_start_loc, batch.starts[row])
+        starts[row + 1 :] += length
+        one = replace(batch, rows=replace(batch.rows, query_start_loc=starts))
+        alone[tokens] = one.attend(workspace=workspace, max_query_len=4)[tokens]
+        assert not same_bytes(whole[tokens], batch.output[tokens])
+    assert same_bytes(alone, whole)
+
+
+@pytest.mark.parametrize("query_lens", [DECODE, CHUNKS], ids=["decode", "chunks"])
+def test_an_inactive_batch_is_left_alone(device, query_lens):
+    """Whatever the tables say; and an active one is served."""
+    batch = make_batch(device, query_lens, LENGTHS, dtype=torch.float16)
+    active = torch.zeros(1, dtype=torch.int32, device=device)
+    flagged = replace(batch, rows=replace(batch.rows, active=active))
+    pool = torch.full((200, *batch.query.shape[1:]), 7.0, dtype=torch.float16, device=device)
+    capture = QueryCapture(torch.arange(len(batch.query), device=device), pool)
+    assert same_bytes(flagged.attend(capture=capture), batch.output)
+    assert bool((pool == 7).all())
+    active.fill_(1)
+    assert same_bytes(flagged.attend(capture=capture), batch.attend())
+    assert not bool((pool == 7).all())
 
 
 @pytest.mark.parametrize("query_lens", [DECODE, CHUNKS], ids=["decode", "chunks"])

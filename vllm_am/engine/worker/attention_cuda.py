@@ -165,6 +165,7 @@ class CompactionMetadataBuilder(FlashAttentionMetadataBuilder):
                 RowTables(
                     torch.tensor([0, tokens], dtype=torch.int32, device=device),
                     torch.zeros(1, dtype=torch.int64, device=device),
+                    active=self.live.active,
                 ),
                 self.workspace,
                 scale=state.layers[name].impl.scale,

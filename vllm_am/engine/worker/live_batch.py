@@ -24,6 +24,9 @@ from vllm_am.engine.worker.state import WorkerState
 from vllm_am.kernels.attention import RowTables
 from vllm_am.kernels.live_tables import live_tables
 
+#: Words before the addresses: what follows stays aligned to 16 bytes.
+_HEAD = 2
+
 
 @dataclass(frozen=True)
 class HostRows:
@@ -113,11 +116,14 @@ class LiveBatch:
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        # One array, so that one copy fills it: addresses, gaps (two int32 each), capture slots.
-        self._packed = torch.zeros(2 * max_rows + max_tokens, dtype=torch.int64, device=device)
-        self.page_tables = self._packed[:max_rows]
-        self.gaps = self._packed[max_rows : 2 * max_rows].view(torch.int32).view(-1, 2)
-        self.capture_slots = self._packed[2 * max_rows :].fill_(-1)
+        # One array, so that one copy fills it: whether there is anything to do, addresses, gaps
+        # (two int32 each), capture slots.
+        size = _HEAD + 2 * max_rows + max_tokens
+        self._packed = torch.zeros(size, dtype=torch.int64, device=device)
+        self.active = self._packed[:1].view(torch.int32)[:1]
+        self.page_tables, gaps = self._packed[_HEAD:][: 2 * max_rows].split(max_rows)
+        self.gaps = gaps.view(torch.int32).view(-1, 2)
+        self.capture_slots = self._packed[_HEAD + 2 * max_rows :].fill_(-1)
         self.block_table = torch.zeros(max_rows, table_width, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
@@ -137,10 +143,12 @@ class LiveBatch:
                 f"{rows} rows with {len(host.capture_slots)} tokens, buffers for {max_rows} rows "
                 f"with {len(self.capture_slots)} tokens"
             )
-        packed = np.zeros(2 * max_rows + len(host.capture_slots), dtype=np.int64)
-        packed[:rows] = host.page_tables
-        packed[max_rows : max_rows + rows] = host.gaps.reshape(-1).view(np.int64)
-        packed[2 * max_rows :] = host.capture_slots
+        packed = np.zeros(_HEAD + 2 * max_rows + len(host.capture_slots), dtype=np.int64)
+        packed[0] = host.compacted or host.captured
+        body = packed[_HEAD:]
+        body[:rows] = host.page_tables
+        body[max_rows : max_rows + rows] = host.gaps.reshape(-1).view(np.int64)
+        body[2 * max_rows :] = host.capture_slots
         # Staged in pinned memory of its own, which is reused once the copy is done: an array kept
         # here would be overwritten by the next step while this step's copy is still queued.
         async_tensor_h2d(packed, out=self._packed[: len(packed)])
@@ -167,8 +175,9 @@ class LiveBatch:
 
     def rows(self, common: CommonAttentionMetadata) -> RowTables:
         """The batch's rows for ``attend_compacted``."""
+        rows = common.num_reqs
         return RowTables(
-            common.query_start_loc[: common.num_reqs + 1], self.page_tables[: common.num_reqs]
+            common.query_start_loc[: rows + 1], self.page_tables[:rows], active=self.active
         )
 
     def warm_up(self) -> None:
