@@ -15,11 +15,11 @@ Precision. A = hi + lo with hi = fp16(A), lo = fp16(A - hi), both scaled by 2^14
 allows and (kept keys are among the original ones; u <= 100^(1/4)) fulfils. That leaves a relative
 error of 2^-22 for entries above 1e-5 and an absolute one of 2e-12 below. Of the four products
 lo'lo (2^-22 of the whole) is left out and hi'lo serves for its mirror image too, so A'A costs two
-products at the speed of fp16; products of fp16 are exact in fp32, and chunks of 2048 rows are added
-up in fp64. On a CPU the error against fp64, in units of sqrt(G_jj G_kk), is below 4e-6
-(``tests/kernels/test_gram.py``); it comes from the fp32 scores as well. Tensor cores
-cut off where a CPU rounds, so their sums over a chunk may add up to about 4e-6, the same factor for
-neighbouring entries; not measured.
+products at the speed of fp16; products of fp16 are exact in fp32, and the products of chunks are
+added up in fp32. On a CPU the error against fp64, in units of sqrt(G_jj G_kk), is below 4e-6
+(``tests/kernels/test_gram.py``); it comes from the fp32 scores as well. Tensor cores cut off where
+a CPU rounds: on an H200 the diagonal comes out too small by 1.3e-6 of itself in chunks of 256 rows,
+2.6e-6 of 512, 5.2e-6 of 1,024, 1.1e-5 of 2,048 and 4.4e-5 of 8,192, and so do its neighbours.
 """
 
 # The parameters of kernels have no types that mypy knows.
@@ -52,8 +52,8 @@ from vllm_am.kernels.tiles import (
 #: What A and the targets are multiplied by, to use the range of fp16: up to 65504.
 _UNIT = 2.0**14
 
-#: Rows of A per product: enough to keep cuBLAS busy, few enough for sums in fp32.
-_CHUNK_ROWS = 2048
+#: Rows of A per product: enough to keep cuBLAS busy, few enough for the sums of tensor cores.
+_CHUNK_ROWS = 1024
 
 #: Bound of the workspace: two fp16 copies of a chunk, for as many heads at once as fit.
 _WORKSPACE_BYTES = 512 << 20
@@ -228,7 +228,8 @@ def mass_normal_equations(
     lse = lse.float().contiguous()
     constants = score_constants(scale, softcap)
     design = _Design(with_rows(keys), _floats(bias), with_rows(queries), lse, None, *constants)
-    gram, rhs = _normal_equations(design, torch.ones_like(lse).unsqueeze(2))
+    ones = torch.ones_like(lse).unsqueeze(2)
+    gram, rhs = _normal_equations(design, ones, ones)
     return gram / rows, rhs.squeeze(2) / rows
 
 
@@ -261,11 +262,15 @@ def output_normal_equations(
         _floats(root.squeeze(2)),
         *constants,
     )
-    return _normal_equations(design, (output * root).float())
+    return _normal_equations(design, output.float(), root.float())
 
 
-def _normal_equations(design: _Design, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """A'A [H, t, t] and A'Y [H, t, r] in fp64, of the targets Y, fp32 [H, n, r]."""
+def _normal_equations(design: _Design, targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """A'A [H, t, t] and A'Y [H, t, r] in fp64.
+
+    Args:
+        targets, root: Y is ``targets`` fp32 [H, n, r] times ``root`` fp32 [H, n, 1].
+    """
     heads, size, _ = design.keys.shape
     rows, columns = targets.shape[1:]
     gram = targets.new_zeros(heads, size, size, dtype=torch.float64)
@@ -273,43 +278,59 @@ def _normal_equations(design: _Design, targets: Tensor) -> tuple[Tensor, Tensor]
     if gram.numel() == 0 or rows == 0:
         return gram, rhs
 
-    # Targets are brought into the range of fp16 head by head: a large one spoils no other head.
-    peak = targets.abs().amax(dim=(1, 2), keepdim=True)
-    peak = torch.where(peak == 0, 1.0, peak)
-    scaled = targets * (_UNIT / peak)
-
-    # [A | Y] is one matrix, so that A'A and A'Y are one product.
+    y, peak = _halves(targets, root)
+    half = y.shape[2] // 2
+    # Columns behind t, which are zeros: cuBLAS takes five times as long where a dimension is no
+    # multiple of 8.
+    padded = triton.cdiv(size, 16) * 16
     chunk = min(rows, _CHUNK_ROWS)
-    begin_y = triton.cdiv(size, 16) * 16
-    width = begin_y + triton.cdiv(columns, 16) * 16
-    group = max(1, min(heads, _WORKSPACE_BYTES // (2 * 2 * chunk * width)))
-    workspace = targets.new_zeros(2, group, chunk, width, dtype=torch.float16)
-
+    group = max(1, min(heads, _WORKSPACE_BYTES // (2 * 2 * chunk * padded)))
+    workspace = targets.new_empty(2, group, chunk, padded, dtype=torch.float16)
     for start in range(0, heads, group):
         part = slice(start, min(start + group, heads))
+        count = part.stop - start
+        main, cross = targets.new_zeros(2, count, padded, padded)
+        upper = targets.new_zeros(count, padded, 2 * half)
+        lower = targets.new_zeros(count, padded, half)
         for first in range(0, rows, chunk):
-            high, low = workspace[:, : part.stop - start, : min(chunk, rows - first)]
-            design.write(part, first, high[..., :begin_y], low[..., :begin_y])
-            y = scaled[part, first : first + chunk]
-            y_high, y_low = (z[..., begin_y : begin_y + columns] for z in (high, low))
-            y_high.copy_(y)
-            y_low.copy_(y - y_high)
-
-            a_high, a_low = high[..., :size].mT, low[..., :size].mT
-            main, cross = _product(a_high, high), _product(a_high, low)
-            gram[part] += main[..., :size]
-            gram[part] += cross[..., :size] + cross[..., :size].mT
-            main += cross
-            main[..., begin_y:] += _product(a_low, high[..., begin_y:])
-            rhs[part] += main[..., begin_y : begin_y + columns]
+            high, low = workspace[:, :count, : min(chunk, rows - first)]
+            design.write(part, first, high, low)
+            y_chunk = y[part, first : first + chunk]
+            _add_product(main, high.mT, high)
+            _add_product(cross, high.mT, low)
+            _add_product(upper, high.mT, y_chunk)
+            _add_product(lower, low.mT, y_chunk[..., :half])
+        main, cross = main[:, :size, :size], cross[:, :size, :size]
+        gram[part].add_(main).add_(cross).add_(cross.mT)
+        lower += upper[..., half:]
+        rhs[part].add_(upper[:, :size, :columns]).add_(lower[:, :size, :columns])
     return gram.div_(_UNIT**2), rhs.mul_(peak / _UNIT**2)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """fp16 [h, m, k] @ [h, k, n], summed and returned in fp32."""
+def _halves(targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets Y as A is: two halves of fp16 side by side [H, n, 2 r'], r' a multiple of 16,
+    and what they were scaled by, fp32 [H, 1, 1].
+
+    Head by head: a large target spoils no other head.
+    """
+    heads, rows, columns = targets.shape
+    norm = torch.linalg.vector_norm(targets, ord=torch.inf, dim=2, keepdim=True)
+    peak = (norm * root).amax(dim=1, keepdim=True)
+    peak = torch.where(peak == 0, 1.0, peak)
+    scaled = targets * (root * (_UNIT / peak))
+    half = triton.cdiv(columns, 16) * 16
+    y = targets.new_zeros(heads, rows, 2 * half, dtype=torch.float16)
+    y[..., :columns] = scaled
+    y[..., half : half + columns] = scaled.sub_(y[..., :columns])
+    return y, peak
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, of fp16 [h, m, k] and [h, k, n], in fp32."""
     if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())  # torch's CPU build has no out_dtype
+        torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # torch's CPU build has no out_dtype
+        total.baddbmm_(a.float(), b.float())
 
 
 def _floats(tensor: Tensor) -> Tensor:
