@@ -66,7 +66,17 @@ _TILINGS = {
 }
 
 
-@triton.jit(do_not_specialize=["first", "rows", "t", "row_blocks", "key_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "rows",
+        "t",
+        "row_blocks",
+        "key_blocks",
+        "stride_bh",
+        "stride_lh",
+    ]
+)
 def design_matrix_kernel(
     queries,
     keys,

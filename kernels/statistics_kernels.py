@@ -79,7 +79,8 @@ def _attend_tile(
     return b_new, b_sum, b_acc, b_acc_rest
 
 
-@triton.jit(do_not_specialize=["N", "T", "query_blocks"])
+# Nor on a stride that is a number of keys: it would be compiled again where 16 divides that.
+@triton.jit(do_not_specialize=["N", "T", "query_blocks", "stride_bp"])
 def attention_forward_kernel(
     queries,
     keys,
@@ -174,7 +175,7 @@ def attention_forward_kernel(
             tl.store(p_o + o_v, b_acc_rest * b_inverse, mask=m_n[:, None] & (o_v < DV))
 
 
-@triton.jit(do_not_specialize=["H", "N", "T", "key_blocks", "split_rows"])
+@triton.jit(do_not_specialize=["H", "N", "T", "key_blocks", "split_rows", "stride_bp"])
 def key_scores_kernel(
     queries,
     keys,

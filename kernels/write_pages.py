@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_am.compaction.pages import PagedKV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_indices_h", "stride_bias_h", "H"])
 def write_pages_kernel(
     pages,
     page_bias,
@@ -143,7 +143,8 @@ def write_pages(
         heads,
         SIZE=block_size,
         D=head_dim,
-        BLOCK_H=triton.next_power_of_2(heads),
+        # Of all layers, not of those that are written now: the same kernel for slices of any size.
+        BLOCK_H=triton.next_power_of_2(max(heads, kv.num_heads)),
         BLOCK_SIZE=triton.next_power_of_2(block_size),
         BLOCK_D=triton.next_power_of_2(head_dim),
         HAS_INDICES=indices is not None,

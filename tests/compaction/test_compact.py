@@ -233,8 +233,8 @@ def test_heads_are_bucketed_by_their_own_budget(monkeypatch):
     module = sys.modules["vllm_am.compaction.compact"]  # the package exports a function so named
     sizes, original = [], module.fit
 
-    def spy(method, keys, values, queries, bias, budgets, **options):
-        result = original(method, keys, values, queries, bias, budgets, **options)
+    def spy(method, problem, budgets, size, failures):
+        result = original(method, problem, budgets, size, failures)
         sizes.append((budgets.tolist(), result.keys.shape[1]))
         return result
 

@@ -220,7 +220,7 @@ def test_keys_that_no_query_sees():
 
 @pytest.mark.parametrize("chunk_bytes", [1, 10_000, 1 << 30])
 def test_block_size_does_not_matter(chunk_bytes, monkeypatch):
-    monkeypatch.setattr("vllm_am.compaction.streaming._GRAM_BYTES", 0)
+    monkeypatch.setattr("vllm_am.compaction.streaming._GRAM_BYTES", {"cpu": 0})
     keys, queries, lse = mass_problem()
     fit = fit_bias(keys, torch.zeros(3, 20), queries, lse, scale=0.125, chunk_bytes=chunk_bytes)
     expected = fit_bias(keys, torch.zeros(3, 20), queries, lse, scale=0.125)

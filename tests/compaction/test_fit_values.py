@@ -78,7 +78,7 @@ def test_outputs_that_are_all_zero():
 
 @pytest.mark.parametrize("chunk_bytes", [1, 10_000, 1 << 30])
 def test_block_size_does_not_matter(chunk_bytes, monkeypatch):
-    monkeypatch.setattr("vllm_am.compaction.streaming._GRAM_BYTES", 0)
+    monkeypatch.setattr("vllm_am.compaction.streaming._GRAM_BYTES", {"cpu": 0})
     problem = output_problem()
     values, _ = fit_values(*problem, scale=0.125, chunk_bytes=chunk_bytes)
     expected, _ = fit_values(*problem, scale=0.125)

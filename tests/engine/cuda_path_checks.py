@@ -497,10 +497,11 @@ def test_the_worker_compiles_before_graphs_are_captured(world, worker, monkeypat
     group = SimpleNamespace(get_metadata_builder=lambda: world.builder)
     worker.model_runner = SimpleNamespace(attn_groups=[[group]])
     worker._compaction = world.state
+    monkeypatch.setattr(type(world.state), "warm_up", lambda self: order.append("fits"))
     monkeypatch.setattr(world.builder, "warm_up", lambda state: order.append(state))
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: order.append("vLLM"))
     worker.compile_or_warm_up_model()
-    assert order == [world.state, "vLLM"]
+    assert order == ["fits", world.state, "vLLM"]
 
 
 # -- no waiting for the device --------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fresh_process import environment, run_fresh
+from benchmarks.gpu_suite.compiled import compiled_from_now_on
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -206,12 +207,14 @@ def main() -> None:
         **case.get("options", {}),
     ) as engine:
         engine.logprobs = case.get("logprobs")
+        compiled = compiled_from_now_on()
         outputs = engine.run(asks)
         result: dict[str, Any] = {
             "outputs": outputs,
             "likely": engine.likely,
             "used_blocks": engine.used_blocks,
             "scheduler": type(engine.scheduler).__name__,
+            "compiled": compiled,
             "graphs": compilation_counter.num_cudagraph_captured,
         }
         if (worker := engine.worker) is not None:

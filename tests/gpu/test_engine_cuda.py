@@ -137,6 +137,7 @@ def check_compacted(result: dict[str, Any], compactions: int) -> None:
     assert result["backends"] == ["CompactionCUDABackend"]
     assert result["compactions"] >= compactions and not result["failures"]
     assert result["used_blocks"] == 0
+    assert not result["compiled"], "in the middle of serving"
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])

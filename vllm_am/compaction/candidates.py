@@ -60,7 +60,7 @@ def candidates(problem: Problem, budgets: Tensor) -> Iterator[Candidates]:
     counts = torch.where(budgets > 0, counts, 0)
     size = int(counts.max()) if counts.numel() else 0
     indices = top_keys(scores_of_present(problem, "rms"), counts, size)
-    for block in gram_blocks(len(budgets), size, problem.chunk_bytes):
+    for block in gram_blocks(len(budgets), size, problem.chunk_bytes, budgets.device):
         chosen = indices[block]
         bias = gather_keys(problem.bias[block].unsqueeze(2), chosen).squeeze(2)
         gram, rhs = mass_normal_equations(

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from vllm_am.compaction.arguments import check_arguments, check_budgets
 from vllm_am.compaction.candidates import CANDIDATES
-from vllm_am.compaction.fitting import Failures, fit, put
+from vllm_am.compaction.fitting import Failures, fit, pose, put
+from vllm_am.compaction.methods import Method
+from vllm_am.compaction.problem import Problem
 from vllm_am.compaction.quality import FitQuality, compare
 from vllm_am.compaction.result import CompactedKV, FitError, empty, take
 from vllm_am.compaction.select_keys import top_keys
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics
-from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
+from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES, to_device
 
 __all__ = ["CompactedKV", "FitError", "compact", "evaluate_fit"]
 
@@ -83,46 +85,56 @@ def compact(
     if statistics is not None and not set(chosen.needed_norms) <= set(statistics.scores):
         raise ValueError(f"statistics: without the scores {chosen.needed_norms} of {method}")
     heads, columns, width = keys.shape
-    budgets = check_budgets(ratio, budget, heads, columns).to(keys.device)
+    budgets = check_budgets(ratio, budget, heads, columns).cpu()
     scale = width**-0.5 if scale is None else float(scale)
     if queries is None:
         queries = keys.new_empty(heads, 0, width)
-    bias = keys.new_zeros(heads, columns, dtype=torch.float32) if key_bias is None else key_bias
-    bias = bias.float()
-
-    present = ~bias.isneginf()
-    existing = present.sum(dim=1)
+    existing = torch.full_like(budgets, columns)
+    if key_bias is None:
+        bias = keys.new_zeros(heads, columns, dtype=torch.float32)
+        present = torch.ones_like(bias, dtype=torch.bool)
+    else:
+        bias = key_bias.float()
+        present = ~bias.isneginf()
+        existing = present.sum(dim=1).cpu()
+    # What decides about shapes is known to the host, and sent to the device without waiting for it.
     budgets = torch.minimum(budgets, existing)
     size = int(budgets.max()) if heads else 0
     whole = budgets == existing  # identity, also for heads that had nothing to begin with
+    fitted = torch.where(whole, 0, budgets)
 
     # One score for all present keys: all of them in a whole head, in their order.
-    indices = top_keys(present.float(), torch.where(whole, budgets, 0), size)
-    result = take(keys, values, bias, indices)
-    nothing = (~whole & (budgets == 0)).float()
+    kept = to_device(budgets - fitted, keys.device)
+    result = take(keys, values, bias, top_keys(present.float(), kept, size))
+    nothing = to_device((~whole & (budgets == 0)).float(), keys.device)
     result = replace(result, output_error=nothing, mass_error=nothing.clone())
 
     failures = Failures(heads, keys.device)
-    for bucket in _buckets(torch.where(whole, 0, budgets)):
-        failed = Failures(len(bucket), keys.device)
-        part = fit(
-            chosen,
-            _pick(keys, bucket),
-            _pick(values, bucket),
-            _pick(queries, bucket),
-            _pick(bias, bucket),
-            budgets[bucket],
-            scale=scale,
-            group_size=group_size,
-            candidates=candidates,
-            statistics=None if statistics is None else statistics.heads(bucket),
-            chunk_bytes=chunk_bytes,
-            failures=failed,
-        )
-        put(result, bucket, part)
-        failures.merge(bucket, failed)
+    numbers = [head for head, slots in enumerate(fitted.tolist()) if slots > 0]
+    if numbers:
+        here = _index(numbers, heads, keys.device)
+        posed = failures.heads(here)
+        if queries.shape[1] == 0:
+            posed.add("no-queries", torch.ones_like(posed.ok))
+        else:
+            problem = pose(
+                chosen,
+                keys[here],
+                values[here],
+                queries[here],
+                bias[here],
+                scale=scale,
+                group_size=group_size,
+                candidates=candidates,
+                statistics=None if statistics is None else statistics.heads(here),
+                chunk_bytes=chunk_bytes,
+                failures=posed,
+            )
+            result = _fit_alike(chosen, problem, fitted[numbers], numbers, result, posed)
+        failures.put(here, posed)
     if strict:
         failures.raise_first()
+        return result
     return _without_failed(result, failures.ok)
 
 
@@ -174,19 +186,47 @@ def evaluate_fit(
     )
 
 
-def _buckets(budgets: Tensor) -> Iterator[Tensor]:
-    """int64 indices of heads to be fitted together; heads of budget 0 are in none."""
-    sizes = [
-        math.floor(math.log2(budget) * BUCKETS_PER_DOUBLING) if budget > 0 else -1
-        for budget in budgets.tolist()
-    ]
-    for size in sorted(set(sizes) - {-1}):
-        yield torch.tensor([h for h, s in enumerate(sizes) if s == size], device=budgets.device)
+def _fit_alike(
+    method: Method,
+    problem: Problem,
+    budgets: Tensor,
+    numbers: list[int],
+    result: CompactedKV,
+    failures: Failures,
+) -> CompactedKV:
+    """Fit all heads of a problem, those of similar budgets together; ``result`` with them in it.
+
+    Args:
+        budgets: [h] int64 on the host.
+        numbers: of the h heads, in ``result``.
+        failures: of the h heads, added to.
+    """
+    device, heads = problem.keys.device, len(result.keys)
+    for bucket in _buckets(budgets.tolist()):
+        alike = budgets[bucket]
+        size = int(alike.max())
+        whole = len(bucket) == len(numbers)  # nothing to be copied
+        here = _index(bucket, len(numbers), device)
+        failed = failures.heads(here)
+        chosen = problem if whole else problem.heads(here)
+        part = fit(method, chosen, to_device(alike, device), size, failed)
+        failures.put(here, failed)
+        if whole and len(numbers) == heads:
+            return part
+        put(result, _index([numbers[i] for i in bucket], heads, device), part)
+    return result
 
 
-def _pick(tensor: Tensor, heads: Tensor) -> Tensor:
-    """tensor[heads] for ascending heads; the tensor itself, not a copy, if that is all of them."""
-    return tensor if len(heads) == len(tensor) else tensor[heads]
+def _buckets(budgets: list[int]) -> Iterator[list[int]]:
+    """Heads to be fitted together."""
+    sizes = [math.floor(math.log2(budget) * BUCKETS_PER_DOUBLING) for budget in budgets]
+    for size in sorted(set(sizes)):
+        yield [head for head, s in enumerate(sizes) if s == size]
+
+
+def _index(numbers: list[int], heads: int, device: torch.device) -> Tensor | slice:
+    """What picks these of so many heads: the tensors themselves, not copies, where it is all."""
+    return slice(None) if len(numbers) == heads else to_device(torch.tensor(numbers), device)
 
 
 def _without_failed(result: CompactedKV, ok: Tensor) -> CompactedKV:

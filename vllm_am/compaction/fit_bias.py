@@ -278,7 +278,7 @@ def fit_bias(
     new_bias = bias.clone()
     kkt_residual = bias.new_zeros(len(bias))
     no_mass = torch.zeros_like(kkt_residual, dtype=torch.bool)
-    for heads in gram_blocks(bias.shape[0], bias.shape[1], chunk_bytes):
+    for heads in gram_blocks(len(bias), bias.shape[1], chunk_bytes, bias.device):
         gram, rhs = mass_normal_equations(
             keys[heads],
             bias[heads],

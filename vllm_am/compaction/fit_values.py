@@ -99,7 +99,7 @@ def fit_values(
     ridge = ridge_for(queries.shape[1], lengths)
     values = torch.empty_like(prior, dtype=torch.float64)
     singular = torch.zeros_like(lengths, dtype=torch.bool)
-    for heads in gram_blocks(bias.shape[0], bias.shape[1], chunk_bytes):
+    for heads in gram_blocks(len(bias), bias.shape[1], chunk_bytes, bias.device):
         gram, rhs = output_normal_equations(
             keys[heads],
             bias[heads],

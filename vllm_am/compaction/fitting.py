@@ -19,6 +19,9 @@ from vllm_am.compaction.quality import compare
 from vllm_am.compaction.result import CompactedKV, FitError, empty, take
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics
 
+#: Why a head can fail (see ``FitError``), behind what stands for "it did not".
+REASONS = ("", "non-finite", "no-queries", "singular", "no-mass")
+
 #: Of every so many positions one is held out while a method chooses among its alternatives.
 HELDOUT_EVERY = 4
 #: Positions that are held out together: neighbours' queries are too alike to be on both sides.
@@ -28,39 +31,48 @@ MASS_ERROR_WEIGHT = 0.5
 
 
 class Failures:
-    """Why heads failed: the first reason of each, None for those that did not."""
+    """Why heads failed: the first reason of each. On the device, where nobody has to wait for it.
+
+    Attributes:
+        codes: int64 [H], place in ``REASONS``; 0 for a head that did not fail.
+    """
 
     def __init__(self, heads: int, device: torch.device) -> None:
-        self.ok = torch.ones(heads, dtype=torch.bool, device=device)
-        self.reasons: list[str | None] = [None] * heads
+        self.codes = torch.zeros(heads, dtype=torch.int64, device=device)
+
+    @property
+    def ok(self) -> Tensor:
+        """bool [H]."""
+        return self.codes == 0
 
     def add(self, reason: str, failed: Tensor) -> None:
-        new = failed & self.ok
-        if bool(new.any()):
-            for head in new.nonzero().flatten().tolist():
-                self.reasons[head] = reason
-            self.ok = self.ok & ~new
+        """These heads [H] have failed, unless they had before."""
+        self.codes = torch.where(failed & self.ok, REASONS.index(reason), self.codes)
 
-    def merge(self, heads: Tensor, part: Failures) -> None:
-        """Take over the failures of a part, whose heads are ``heads`` here."""
-        self.ok[heads] &= part.ok
-        for head, reason in zip(heads.tolist(), part.reasons, strict=True):
-            self.reasons[head] = self.reasons[head] or reason
+    def heads(self, index: Tensor | slice) -> Failures:
+        """Of some of the heads, to be added to by themselves; see :meth:`put`."""
+        part = Failures(0, self.codes.device)
+        part.codes = self.codes[index]
+        return part
+
+    def put(self, index: Tensor | slice, part: Failures) -> None:
+        """Take over what became of some of the heads."""
+        self.codes[index] = part.codes
 
     def raise_first(self) -> None:
-        """FitError for the first head that failed and all that share its reason."""
-        first = next((reason for reason in self.reasons if reason is not None), None)
-        if first is not None:
-            raise FitError(first, [h for h, reason in enumerate(self.reasons) if reason == first])
+        """FitError for the first head that failed and all that share its reason. Waits."""
+        codes = self.codes.tolist()
+        first = next((code for code in codes if code), 0)
+        if first:
+            raise FitError(REASONS[first], [h for h, code in enumerate(codes) if code == first])
 
 
-def fit(
+def pose(
     method: Method,
     keys: Tensor,
     values: Tensor,
     queries: Tensor,
     bias: Tensor,
-    budgets: Tensor,
     *,
     scale: float,
     group_size: int,
@@ -68,26 +80,17 @@ def fit(
     statistics: AttentionStatistics | None,
     chunk_bytes: int,
     failures: Failures,
-) -> CompactedKV:
-    """Compact every head to its budget; the content of heads in ``failures`` is void.
+) -> Problem:
+    """Look at the heads before any is fitted: what is not finite fails here, and is muted.
 
     Args:
-        keys: [H, T, D], values: [H, T, Dv], queries: [H, N, D], bias: [H, T] float32.
-        budgets: [H] int64, each at least 1 and less than the number of present keys.
+        keys: [H, T, D], values: [H, T, Dv], queries: [H, N, D], N >= 1, bias: [H, T] float32.
         statistics: of these queries over these keys, if they are known.
+        failures: of these heads, added to.
     """
-    size = int(budgets.max())
-    if queries.shape[1] == 0:
-        failures.add("no-queries", torch.ones_like(failures.ok))
-        return empty(keys, values, size)
-
     # -inf is how a bias marks a missing key.
     present = ~bias.isneginf()
     failures.add("non-finite", ~_finite(keys, values, queries, bias.masked_fill(~present, 0.0)))
-    keys, values, queries = (_mute(x, failures.ok) for x in (keys, values, queries))
-    bias = torch.where(failures.ok.unsqueeze(1), bias, 0.0)
-
-    methods = method.alternatives or (method,)
     if statistics is None:
         statistics = attention_statistics(
             keys,
@@ -101,33 +104,47 @@ def fit(
     # Finite inputs may still overflow in q.k or in the sum over values.
     failures.add("no-mass", statistics.lse.isneginf().any(dim=1))
     failures.add("non-finite", ~_finite(statistics.lse, statistics.output))
+    # The one question in the middle of a fit: copies of everything would cost more than the answer.
     if not bool(failures.ok.all()):
-        queries = _mute(queries, failures.ok)
+        keys, values, queries = (_mute(x, failures.ok) for x in (keys, values, queries))
+        bias = _mute(bias, failures.ok)
         statistics = AttentionStatistics(
             _mute(statistics.lse, failures.ok),
             _mute(statistics.output, failures.ok),
             {norm: _mute(score, failures.ok) for norm, score in statistics.scores.items()},
         )
-    budgets = torch.where(failures.ok, budgets, 0)
-    problem = Problem(
+    return Problem(
         keys, values, queries, bias, scale, group_size, statistics, candidates, chunk_bytes
     )
+
+
+def fit(
+    method: Method, problem: Problem, budgets: Tensor, size: int, failures: Failures
+) -> CompactedKV:
+    """Compact every head to its budget; the content of heads in ``failures`` is void.
+
+    Args:
+        budgets: [H] int64, each at least 1 and less than the number of present keys.
+        size: their maximum, slots of the result.
+        failures: of these heads so far, added to.
+    """
+    budgets = torch.where(failures.ok, budgets, 0)
     if not method.alternatives:
         return _solve(method, problem, budgets, size, failures)
-    choice = _choose(methods, problem, budgets, size)
-    result = empty(keys, values, size)
-    for number, each in enumerate(methods):
+    choice = _choose(method.alternatives, problem, budgets, size)
+    result = empty(problem.keys, problem.values, size)
+    for number, each in enumerate(method.alternatives):
         heads = (choice == number).nonzero().squeeze(1)
         if heads.numel() == 0:
             continue
-        part_failures = Failures(len(heads), keys.device)
+        part_failures = failures.heads(heads)
         part = _solve(each, problem.heads(heads), budgets[heads], size, part_failures)
         put(result, heads, part)
-        failures.merge(heads, part_failures)
+        failures.put(heads, part_failures)
     return result
 
 
-def put(result: CompactedKV, heads: Tensor, part: CompactedKV) -> None:
+def put(result: CompactedKV, heads: Tensor | slice, part: CompactedKV) -> None:
     """Write ``part`` [len(heads), t'] into ``result`` [H, t >= t'], in place."""
     for name in CompactedKV.__dataclass_fields__:
         target, source = getattr(result, name), getattr(part, name)
@@ -238,12 +255,10 @@ def _finite(*tensors: Tensor) -> Tensor:
     """[H] bool, whether all numbers of a head are finite in all tensors [H, ...], none empty."""
     # By the extremes, which are NaN if any number is: no temporaries, a tenth of the time.
     flat = [tensor.reshape(len(tensor), -1) for tensor in tensors]
-    good = [x.amax(dim=1).isfinite() & x.amin(dim=1).isfinite() for x in flat]
-    return torch.stack(good).all(dim=0)
+    extremes = [extreme for x in flat for extreme in (x.amax(dim=1), x.amin(dim=1))]
+    return torch.stack([extreme.double() for extreme in extremes]).isfinite().all(dim=0)
 
 
 def _mute(tensor: Tensor, ok: Tensor) -> Tensor:
-    """Zeros in failed heads; the tensor itself, not a copy, if there are none."""
-    if bool(ok.all()):
-        return tensor
+    """Zeros in failed heads [H, ...]."""
     return tensor.masked_fill(~ok.view(-1, *[1] * (tensor.dim() - 1)), 0)

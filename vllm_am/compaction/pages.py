@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_am.compaction.accelerate import goes_to_kernel
 from vllm_am.compaction.compact import CompactedKV
+from vllm_am.compaction.streaming import to_device
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def write_pages(kv: PagedKV, lists: Sequence[Tensor], compacted: CompactedKV) ->
     if goes_to_kernel(kv.pages):
         from vllm_am.kernels.write_pages import write_pages as launch
 
-        table = page_table(lists).to(kv.pages.device)
+        table = to_device(page_table(lists), kv.pages.device)
         kept = compacted
         launch(kv, table, kept.keys, kept.values, kept.bias, kept.lengths)
         return

@@ -14,8 +14,17 @@ DEFAULT_CHUNK_BYTES = 8 << 20
 #: Below this many query rows a matrix product is starved, so heads are split before rows.
 _MIN_ROWS = 256
 
-#: Batches of Gram matrices may be this big whatever the chunk size; solvers hold a few copies.
-_GRAM_BYTES = 64 << 20
+#: Batches of Gram matrices may be this big whatever the chunk size; solvers hold a few copies. On a
+#: GPU a batch is one launch of the box solver, in which each head has a multiprocessor to itself.
+_GRAM_BYTES = {"cpu": 64 << 20}
+_GRAM_BYTES_ELSEWHERE = 1 << 30
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's where the work is; the host does not wait for what is queued there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -38,8 +47,9 @@ def row_blocks(rows: int, heads: int, row_bytes: int, chunk_bytes: int) -> Itera
         yield slice(start, min(start + step, rows))
 
 
-def gram_blocks(heads: int, size: int, chunk_bytes: int) -> Iterator[slice]:
+def gram_blocks(heads: int, size: int, chunk_bytes: int, device: torch.device) -> Iterator[slice]:
     """Slices of heads whose [size, size] fp64 matrices are solved as one batch."""
-    step = max(1, max(chunk_bytes, _GRAM_BYTES) // max(1, size * size * 8))
+    room = max(chunk_bytes, _GRAM_BYTES.get(device.type, _GRAM_BYTES_ELSEWHERE))
+    step = max(1, room // max(1, size * size * 8))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))

@@ -27,6 +27,8 @@ ROPES = {
     "partial": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
 }
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def rope_of(plugin):
@@ -57,7 +59,7 @@ def test_moved_query_is_the_query_at_the_other_position(rope_of, parameters, neo
     from vllm_am.engine.worker.rotary import rotaries
 
     rope, model = rope_of(parameters, neox)
-    (rotary,) = rotaries(model, ["layers.0.attn"], text_config())
+    (rotary,) = rotaries(model, ["layers.0.attn"], text_config(), CPU)
     assert rotary is not None and rotary.interleaved != neox
     content = torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 17, 100, 255, 300])
@@ -80,6 +82,6 @@ def test_layers_without_rotation_are_left_alone(rope_of):
     from vllm_am.engine.worker.rotary import rotaries
 
     _, model = rope_of(ROPES["default"])
-    assert rotaries(model, ["layers.0.attn"], text_config(no_rope_layers=[0])) == [None]
+    assert rotaries(model, ["layers.0.attn"], text_config(no_rope_layers=[0]), CPU) == [None]
     model.layers[0].rotary_emb = torch.nn.Identity()
-    assert rotaries(model, ["layers.0.attn"], text_config()) == [None]
+    assert rotaries(model, ["layers.0.attn"], text_config(), CPU) == [None]

@@ -8,10 +8,13 @@ to pages that belong to nobody else, so a failed or forgotten fit needs no clean
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
@@ -21,6 +24,7 @@ from vllm_am.compaction.pages import PagedKV, read_pages, read_segments, write_p
 from vllm_am.compaction.random_queries import random_queries
 from vllm_am.compaction.rotate_queries import rotate_queries
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics, unweighted
+from vllm_am.compaction.streaming import to_device
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.messages import (
     FAILURES,
@@ -29,6 +33,7 @@ from vllm_am.engine.messages import (
     TOO_LOSSY,
     FitReport,
     FitSlice,
+    Segment,
 )
 from vllm_am.engine.worker.rotary import Rotary
 
@@ -38,6 +43,10 @@ logger = init_logger("vllm.kv_compaction")
 #: Statistics of all layers that are kept from the measurement to the fit; larger ones are computed
 #: twice.
 KEPT_STATISTICS_BYTES = 256 << 20
+
+
+#: Positions whose queries the fit of the warm-up reads, at most.
+WARM_UP_POSITIONS = 64
 
 
 @dataclass
@@ -54,8 +63,8 @@ class FitProgress:
     statistics: dict[range, AttentionStatistics] = field(default_factory=dict)
     """By the layers of a slice: what was measured, for the fit, where it is small enough."""
     failure: str | None = None
-    output_error: float = 0.0
-    mass_error: float = 0.0
+    errors: list[torch.Tensor] = field(default_factory=list)
+    """float64 [2] on the device, of the slices so far: sums over heads of output and mass error."""
     heads: int = 0
     seconds: float = 0.0
 
@@ -70,7 +79,7 @@ class Fitting:
         queries: the query pool, [positions, query heads, D] by layer of this rank.
         scale: of the attention scores.
         shares: float64 [heads], this rank's part of a budgets file; None without one.
-        rotations: rotary embedding by layer, None where queries are not rotated.
+        rotations: rotary embedding by layer, on the device, None where queries are not rotated.
         chunk_bytes: bound of the largest temporary of a fit.
     """
 
@@ -83,6 +92,58 @@ class Fitting:
     chunk_bytes: int
     running: dict[int, FitProgress] = field(default_factory=dict)
     """By job, from the first slice until the segment is taken over or given up."""
+
+    def warm_up(self, block_ids: Sequence[int]) -> str | None:
+        """Fit something tiny in all stages, before anything is served.
+
+        Whatever a fit needs is compiled and loaded here, and not in the middle of serving, where
+        everybody would wait for it.
+
+        Args:
+            block_ids: some blocks that hold nothing; they hold zeros afterwards. At least 3.
+
+        Returns:
+            why it failed; None if it did not.
+        """
+        target, merged, *source = block_ids
+        pages = self.kv.block_pages(block_ids).flatten().to(self.kv.pages.device)
+        positions = min(WARM_UP_POSITIONS, len(self.queries[0]))
+        generator = torch.Generator(self.kv.pages.device).manual_seed(0)
+        self.kv.pages[pages] = torch.randn(
+            self.kv.pages[pages].shape,
+            generator=generator,
+            device=self.kv.pages.device,
+            dtype=self.kv.pages.dtype,
+        )
+        for pool in self.queries:
+            pool[:positions].normal_(generator=generator)
+        tokens = len(source) * self.kv.block_size
+        fit = FitSlice(
+            job_id=-1,
+            request_id="",
+            segment=Segment(0, tokens, self.kv.block_size, (target,)),
+            source_block_ids=tuple(source),
+            query_slots=np.arange(positions),
+            query_shifts=np.full(positions, tokens),
+            method=self.config.method,
+            part=0,
+            parts=2 if self.config.budgets == "global" else 1,
+        )
+        progress = FitProgress("", self.kv.block_pages(source))
+        self._warm_up(fit, progress)
+        if self.config.merge_slots is not None and progress.failure is None:
+            lists = pad_sequence(list(progress.lists), batch_first=True, padding_value=-1)
+            progress = FitProgress("", lists)
+            segment = replace(fit.segment, block_ids=(merged,))
+            self._warm_up(replace(fit, segment=segment, merges=True), progress)
+        self.kv.pages[pages] = 0
+        for pool in self.queries:
+            pool[:positions] = 0
+        return progress.failure
+
+    def _warm_up(self, fit: FitSlice, progress: FitProgress) -> None:
+        for part in range(fit.parts):
+            self._guarded(progress, partial(self._run_slice, replace(fit, part=part), progress))
 
     def forget(self, request_ids: set[str]) -> None:
         """These requests are gone, and with them their fits and the target pages."""
@@ -206,9 +267,6 @@ class Fitting:
             chunk_bytes=self.chunk_bytes,
         )
         scores = statistics.scores[GLOBAL_SCORE]
-        bad = ~scores.isfinite().all(dim=1)
-        if bool(bad.any()):
-            raise FitError("non-finite", bad.nonzero().flatten().tolist())
         progress.scores.append(scores if bias is None else unweighted(scores, bias))
         if statistics.nbytes * len(self.queries) <= KEPT_STATISTICS_BYTES * len(layers):
             progress.statistics[layers] = statistics
@@ -222,6 +280,9 @@ class Fitting:
         if progress.scores:
             scores = torch.cat(progress.scores)
             progress.scores.clear()
+            bad = ~scores.isfinite().all(dim=1)
+            if bool(bad.any()):
+                raise FitError("non-finite", bad.nonzero().flatten().tolist())
             counts = global_pages(scores, pages.numel(), self.kv.block_size)
         elif self.shares is not None:
             counts = pages_by_shares(self.shares, pages.numel(), most)
@@ -234,7 +295,7 @@ class Fitting:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys and values of what is compacted, [heads, T, D], and in a merge bias [heads, T]."""
         heads = slice(layers.start * self.kv.num_kv_heads, layers.stop * self.kv.num_kv_heads)
-        pages = progress.source[heads].to(self.kv.pages.device)
+        pages = to_device(progress.source[heads], self.kv.pages.device)
         if fit.merges:
             return read_segments(self.kv, pages)
         return *read_pages(self.kv, pages), None
@@ -269,8 +330,8 @@ class Fitting:
                 key_bias=bias,
                 chunk_bytes=self.chunk_bytes,
             )
-            progress.output_error += float(quality.output_error.sum())
-            progress.mass_error += float(quality.mass_error.sum())
+            errors = torch.stack([quality.output_error, quality.mass_error])
+            progress.errors.append(errors.sum(dim=1, dtype=torch.float64))
         progress.heads += keys.shape[0]
         write_pages(self.kv, lists, compacted)
 
@@ -280,12 +341,15 @@ class Fitting:
         The split is by token position: the queries of one position in a GQA group resemble each
         other too much to be on both sides.
         """
-        slots = torch.as_tensor(fit.query_slots, device=self.kv.pages.device)
-        shifts = torch.as_tensor(fit.query_shifts, device=slots.device)
-        vectors = [self._rotated(layer, self.queries[layer][slots], shifts) for layer in layers]
-        sampled = torch.stack(vectors)  # [L, n, Hq, D]
+        device = self.kv.pages.device
+        slots, shifts = (
+            to_device(torch.as_tensor(array), device)
+            for array in (fit.query_slots, fit.query_shifts)
+        )
+        captured = torch.stack([self.queries[layer][slots] for layer in layers])
+        sampled = self._rotated(layers, captured, shifts)  # [L, n, Hq, D]
         if (drawn := fit.random_queries) is not None:
-            like = torch.as_tensor(drawn.like, device=self.kv.pages.device)
+            like = to_device(torch.as_tensor(drawn.like), device)
             vectors = [
                 random_queries(self.queries[layer][like], drawn.positions, seed=layer)
                 for layer in layers
@@ -296,24 +360,35 @@ class Fitting:
         share = self.config.heldout_share
         positions = grouped.shape[2]
         every = max(2, round(1 / share)) if share > 0 else positions + 2
-        held = torch.arange(positions, device=slots.device) % every == every - 1
-        return grouped[:, :, ~held].flatten(1, 2), grouped[:, :, held].flatten(1, 2)
+        # Every so many-th is held out. By index: nobody has to count what a mask would choose.
+        fitted = torch.arange(positions - positions // every, device=device)
+        fitted += fitted // (every - 1)
+        held = grouped[:, :, every - 1 :: every]
+        return grouped[:, :, fitted].flatten(1, 2), held.flatten(1, 2)
 
-    def _rotated(self, layer: int, queries: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-        """Queries [n, Hq, D] of a layer, each moved by its shift."""
-        rotary = self.rotations[layer]
-        if rotary is None or not len(shifts):
+    def _rotated(self, layers: range, queries: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Queries [L, n, Hq, D] of some layers, each moved by its shift."""
+        rotaries = [self.rotations[layer] for layer in layers]
+        if any(rotary is not rotaries[0] for rotary in rotaries):
+            parts = zip(layers, queries.split(1), strict=True)
+            return torch.cat([self._rotated(range(i, i + 1), part, shifts) for i, part in parts])
+        if (rotary := rotaries[0]) is None or not len(shifts):
             return queries
-        frequencies = rotary.inverse_frequencies.to(queries.device)
         turned = rotate_queries(
-            queries.transpose(0, 1), shifts, frequencies, interleaved=rotary.interleaved
+            queries.transpose(1, 2),
+            shifts,
+            rotary.inverse_frequencies,
+            interleaved=rotary.interleaved,
         )
-        return turned.transpose(0, 1)
+        return turned.transpose(1, 2)
 
     def _report(self, job_id: int, progress: FitProgress) -> FitReport:
         """Agree with the other ranks: one failing head anywhere fails the fit everywhere."""
         votes = [float(progress.failure == reason) for reason in FAILURES]
-        sums = [progress.output_error, progress.mass_error, float(progress.heads)]
+        errors = [0.0, 0.0]
+        if progress.errors:
+            errors = torch.stack(progress.errors).sum(dim=0).tolist()
+        sums = [*errors, float(progress.heads)]
         total = torch.tensor(votes + sums, dtype=torch.float64)
         for group in (get_tp_group(), get_pp_group()):
             if group.world_size > 1:

@@ -22,23 +22,24 @@ logger = init_logger("vllm.kv_compaction")
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a layer rotates: angle per position of each pair of dimensions, float64 on the CPU."""
+    """How a layer rotates: angle per position of each pair of dimensions, float64."""
 
     inverse_frequencies: torch.Tensor
     interleaved: bool
 
 
 def rotaries(
-    model: torch.nn.Module, layer_names: list[str], text_config: Any
+    model: torch.nn.Module, layer_names: list[str], text_config: Any, device: torch.device
 ) -> list[Rotary | None]:
-    """By attention layer; None where queries are not rotated, or not in a way that is known."""
+    """By attention layer, one object for layers that rotate alike; None where queries are not
+    rotated, or not in a way that is known."""
     without = getattr(text_config, "no_rope_layers", None) or []  # 0: the layer has no rotation
     found: list[Rotary | None] = []
     for name in layer_names:
         index = extract_layer_index(name)
         skipped = index < len(without) and not without[index]
         module = None if skipped else _rotary_module(model, name)
-        found.append(None if module is None else _rotary(module))
+        found.append(None if module is None else _rotary(module, device))
         if found[-1] is None and not skipped:
             logger.warning_once(
                 "KV compaction: no plain rotary embedding found in the model's layers; their "
@@ -54,7 +55,7 @@ def _rotary_module(model: torch.nn.Module, layer_name: str) -> RotaryEmbeddingBa
 
 
 @cache
-def _rotary(module: RotaryEmbeddingBase) -> Rotary | None:
+def _rotary(module: RotaryEmbeddingBase, device: torch.device) -> Rotary | None:
     """Read off the module's table, which the layers of a model usually share."""
     try:
         with torch.device("cpu"):
@@ -68,4 +69,4 @@ def _rotary(module: RotaryEmbeddingBase) -> Rotary | None:
     # The table's rows may be scaled (YaRN), which the angle does not see.
     if not torch.allclose(torch.cos(2 * angles[1]), torch.cos(angles[2]), atol=1e-5):
         return None
-    return Rotary(angles[1], interleaved=not module.is_neox_style)
+    return Rotary(angles[1].to(device), interleaved=not module.is_neox_style)

@@ -6,6 +6,7 @@ with nothing but the configuration.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -31,6 +33,8 @@ from vllm_am.engine.messages import (
 )
 from vllm_am.engine.worker.fitting import Fitting
 from vllm_am.engine.worker.rotary import rotaries
+
+logger = init_logger("vllm.kv_compaction")
 
 _states: dict[int, WorkerState] = {}
 
@@ -49,6 +53,9 @@ def worker_state(vllm_config: VllmConfig) -> WorkerState | None:
     """The state of the engine with this configuration in this process, once its cache exists."""
     return _states.get(engine_key(vllm_config))
 
+
+#: Blocks that the fit of the warm-up reads and writes.
+WARM_UP_BLOCKS = 10
 
 #: Temporaries of the largest size that a fit has at a time, at most.
 FIT_TEMPORARIES = 8
@@ -160,7 +167,7 @@ class WorkerState:
         scale = next(iter(layers.values())).impl.scale
         shares = local_shares(limits.config.budgets, list(layers), vllm_config)
         text_config = vllm_config.model_config.hf_text_config
-        rotations = rotaries(runner.get_model(), list(layers), text_config)
+        rotations = rotaries(runner.get_model(), list(layers), text_config, kv.pages.device)
         fitting = Fitting(
             limits.config,
             kv,
@@ -193,6 +200,17 @@ class WorkerState:
             slots = [] if req_idx is None else req_idx.tolist()
             ids = [self.runner.req_states.index_to_req_id.get(slot) for slot in slots[:num_rows]]
         return ids + [None] * (num_rows - len(ids))
+
+    def warm_up(self) -> None:
+        """Compile and load what fits need, before anything is served."""
+        # Block 0 is vLLM's null block; beside it, nobody owns anything yet.
+        num_blocks = next(iter(self.layers.values())).kv_cache.shape[0]
+        count = min(WARM_UP_BLOCKS, num_blocks - 1)
+        started = time.perf_counter()
+        failure = self.fitting.warm_up(range(1, 1 + count)) if count >= 3 else None
+        if failure is not None:
+            logger.warning("KV compaction: the fit that warms up has failed: %s", failure)
+        logger.info("KV compaction: fits warmed up in %.1f s", time.perf_counter() - started)
 
     def release(self, vllm_config: VllmConfig) -> None:
         """The engine goes: another one may follow in this process."""

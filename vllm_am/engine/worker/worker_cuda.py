@@ -31,6 +31,7 @@ class CompactionCUDAWorker(CompactionWorkerMixin, Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Compile our kernels too, before vLLM captures CUDA graphs."""
         if self._compaction is not None:
+            self._compaction.warm_up()
             for group in chain.from_iterable(self.model_runner.attn_groups):
                 builder = group.get_metadata_builder()
                 if isinstance(builder, CompactionMetadataBuilder):
