@@ -55,7 +55,7 @@ GPU = Workload(
 )
 
 #: Of it, what fits two minutes.
-GPU_PAIR = replace(GPU, requests=12, pools=(2,), thresholds=(4096,), warmups=1)
+GPU_PAIR = replace(GPU, requests=8, pools=(2,), thresholds=(4096,), warmups=1)
 
 #: Something two CPU cores can do in minutes. Weights are small beside the KV cache, as on a GPU.
 #: The model is so small that a fit costs as much as some hundred of its tokens: answers are long.

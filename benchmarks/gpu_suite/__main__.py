@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 #: Under so many seconds no stage is started: it would tell nothing.
 _LEAST = 10
 
+#: Set by short.sh: when it was started, in seconds of the epoch.
+STARTED = "VLLM_AM_GPU_SUITE_STARTED"
+
 #: What the log of a run is called, the table of its stages, and the archive of their results.
 LOG, TABLE, BUNDLE = "log.txt", "stages", "results.tar.gz"
 
@@ -78,10 +81,12 @@ def run_stages(
                     "exit": outcome.status,
                     "seconds": round(outcome.seconds),
                     "limit": round(limit),
-                    "on paper": stage.paper,
+                    "expected": stage.expected,
                 }
             )
-            notes = [f"Exit {TIMED_OUT}: ended at its limit. `on paper`: for an H100."]
+            notes = [
+                f"Exit {TIMED_OUT}: ended at its limit. `expected`: see benchmarks/gpu_suite/stages.py."
+            ]
             Report(TABLE, "Stages of the GPU suite", rows, notes).write(folder, typed, csv=False)
             if bundle:
                 with tarfile.open(folder / BUNDLE, "w:gz") as archive:
@@ -105,8 +110,6 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any machine")
     parser.add_argument("--list", action="store_true", help="list the stages")
     parser.add_argument("--plot", action="store_true", help="draw the results that are there")
-    # Of short.sh: when it was started, in seconds of the epoch.
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     # The command that the user typed, where this process runs a stage of it.
     parser.add_argument("--here", metavar="COMMAND", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -114,7 +117,7 @@ def main() -> int:
     if options.list:
         for stage in STAGES:
             act = f"act {stage.act}" if stage.act else ""
-            print(f"{stage.name:19}{act:7}{stage.paper:5} s on paper   {stage.shows}")
+            print(f"{stage.name:19}{act:7}{stage.expected:5} s   {stage.shows}")
         return 0
     if options.plot:
         from benchmarks.gpu_suite.plot import plot_results
@@ -136,7 +139,8 @@ def main() -> int:
         run_here(stages[0], folder, options.smoke, options.here)
         return 0
     print(machine_line(), flush=True)
-    deadline = (options.started or time.time()) + (options.seconds or float("inf"))
+    started = float(os.environ.get(STARTED, time.time()))
+    deadline = started + (options.seconds or float("inf"))
     if options.smoke and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # of the stages
     failed = run_stages(stages, folder, options.smoke, deadline, options.bundle)

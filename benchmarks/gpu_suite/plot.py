@@ -24,6 +24,8 @@ def plot_results(folder: Path) -> list[Path]:
     if (path := folder / "attention.csv").exists():
         lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for row in _read(path):
+            if row["slots per head"] == "0":
+                continue  # nothing to read
             name = f"{row['slots per head']} slots per head, {row['heads']} heads"
             share = float(row["share of copy bandwidth"])
             lines[name].append((float(row["sequences"]), share))

@@ -10,7 +10,8 @@
 # its repository. The time until the first stage counts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-started=$(date +%s)
+export VLLM_AM_GPU_SUITE_STARTED
+VLLM_AM_GPU_SUITE_STARTED=$(date +%s)
 
 python=${PYTHON:-python3}
 if [ -f .gpu/bootstrap.sh ] && ! "$python" -c 'import vllm' 2>/dev/null; then
@@ -35,4 +36,4 @@ if ! "$python" -c 'import importlib.metadata as m; m.distribution("vllm-am")' 2>
   ln -sfn ../csrc vllm_am/csrc
 fi
 
-exec "$python" -m benchmarks.gpu_suite --started "$started" "$@" ${OUT:+--bundle --out "$OUT"}
+exec "$python" -m benchmarks.gpu_suite "$@" ${OUT:+--bundle --out "$OUT"}

@@ -1,7 +1,9 @@
 """The stages of the suite, in the order of what they tell, and the time that each may take.
 
-``paper`` is what a stage should take on an H100, by counting: an engine starts in 20 to 30 s, a
-Triton kernel compiles in 1 to 2 s, twelve processes compile at once.
+``expected`` is what a stage takes on a fresh machine with an H200 and 16 cores, as far as it has
+been seen there (``benchmarks/results/gpu/README.md``). What takes the time is starting: importing
+vLLM takes 18 s in a process, a small model's engine 20 s more if nothing is in a cache, that of
+Qwen3-4B 50 s.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Stage:
         name: on the command line, and of its results.
         shows: in one line.
         limit: seconds that it may take.
-        paper: seconds that it should take, by counting.
+        expected: seconds that it takes on a fresh machine.
         act: the command of ``short.sh`` that runs it; 0: neither.
         command: full size, on a device.
         smoke: the same code anywhere, on tiny sizes.
@@ -39,7 +41,7 @@ class Stage:
     name: str
     shows: str
     limit: int
-    paper: int
+    expected: int
     act: int
     command: Sequence[str] = ()
     smoke: Sequence[str] = ()
@@ -95,7 +97,7 @@ STAGES = (
         "alive",
         "does it run at all: versions, libraries, every kernel once",
         limit=75,
-        paper=35,
+        expected=37,
         act=1,
         command=(sys.executable, "-m", "benchmarks.gpu_suite.alive"),
         smoke=(sys.executable, "-m", "benchmarks.gpu_suite.alive", "--smoke"),
@@ -104,7 +106,7 @@ STAGES = (
         "kernels",
         "every kernel against its reference",
         limit=120,
-        paper=90,
+        expected=60,
         act=1,
         # Compilation without a GPU, and the solver on the host, are CI's.
         command=(
@@ -117,13 +119,13 @@ STAGES = (
     Stage(
         "engine",
         "identity and a real compaction end to end: graphs on, model runner V2",
-        limit=200,
-        paper=120,
+        limit=230,
+        expected=146,
         act=1,
         command=(
             *_PYTEST,
             *("-s", "--maxfail=3", "tests/gpu", "-k"),
-            "nothing_compacted or (identity and v2-graphs) or (quarter_frees and v2)",
+            "(identity and v2-graphs) or (quarter_frees and v2)",
         ),
         smoke=(*_PYTEST, "--maxfail=3", "tests/gpu", "-k", "identity and v2-graphs"),
     ),
@@ -131,24 +133,24 @@ STAGES = (
         "attention",
         "decode attention: bandwidth, FlashAttention",
         limit=70,
-        paper=30,
+        expected=25,
         act=1,
         report=_attention,
     ),
-    Stage("fit", "time of a compaction's stages", limit=90, paper=40, act=1, report=_fit),
+    Stage("fit", "time of a compaction's stages", limit=90, expected=38, act=1, report=_fit),
     Stage(
         "context",
         "a context of 32k tokens in an engine: prefill, compaction, decode",
-        limit=120,
-        paper=60,
+        limit=160,
+        expected=95,
         act=1,
         report=_context,
     ),
     Stage(
         "overhead",
         "cost of the flag with nothing compacted",
-        limit=130,
-        paper=80,
+        limit=150,
+        expected=90,
         act=1,
         report=_overhead,
     ),
@@ -156,7 +158,7 @@ STAGES = (
         "memory-bound-pair",
         "gain where the KV pool is small: one pair of engines",
         limit=165,
-        paper=120,
+        expected=130,
         act=2,
         report=_pair,
     ),
@@ -164,7 +166,7 @@ STAGES = (
         "engine-all",
         "all end-to-end tests",
         limit=900,
-        paper=420,
+        expected=420,
         act=0,
         command=(*_PYTEST, "--maxfail=40", "tests/gpu"),
         smoke=(*_PYTEST, "--collect-only", "tests/gpu"),
@@ -173,7 +175,7 @@ STAGES = (
         "memory-bound",
         "gain against the size of the KV pool",
         limit=3600,
-        paper=1500,
+        expected=1500,
         act=0,
         report=_memory_bound,
     ),

@@ -233,7 +233,8 @@ def test_lse_alone(device):
     bias = torch.randn(2, 50, device=device)
     actual = attention_lse(keys, queries, scale=0.2, key_bias=bias)
     full = attention_statistics(keys, values, queries, scale=0.2, key_bias=bias, norms=())
-    assert torch.equal(actual, full.lse)
+    # On a GPU the two are compiled apart, and round apart.
+    torch.testing.assert_close(actual, full.lse, rtol=2e-6 if ON_GPU else 0, atol=0)
 
 
 @pytest.mark.parametrize(
