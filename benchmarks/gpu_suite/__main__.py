@@ -84,9 +84,7 @@ def run_stages(
                     "expected": stage.expected,
                 }
             )
-            notes = [
-                f"Exit {TIMED_OUT}: ended at its limit. `expected`: see benchmarks/gpu_suite/stages.py."
-            ]
+            notes = [f"Exit {TIMED_OUT}: ended at its limit. `expected`: on a fresh H200 machine."]
             Report(TABLE, "Stages of the GPU suite", rows, notes).write(folder, typed, csv=False)
             if bundle:
                 with tarfile.open(folder / BUNDLE, "w:gz") as archive:

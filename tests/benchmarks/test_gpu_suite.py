@@ -106,7 +106,7 @@ def test_dry_run_of_the_short_script(act, tmp_path):
     for stage in stages:
         assert f"| {stage.name} |" in table and f"===== {stage.name}:" in log
         if stage.smoke and "pytest" in stage.smoke:  # skipped tests would show nothing
-            part = log.split(f"===== {stage.name}:")[1].split("=====")[0]
+            part = log.split(f"\n===== {stage.name}: ")[1].split("\n===== ")[0]
             assert " PASSED" in part and "SKIPPED" not in part and "skipped" not in part
     if act == "1":
         check_tables(tmp_path / "gpu")

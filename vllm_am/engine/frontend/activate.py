@@ -19,7 +19,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_am.config import CONFIG_KEY, CompactionConfig
-from vllm_am.engine import capabilities
+from vllm_am.engine import capabilities, versions
 from vllm_am.engine.classes import (
     PLATFORM_CLASSES,
     SCHEDULERS,
@@ -45,6 +45,7 @@ def activate(vllm_config: VllmConfig) -> None:
         UnsupportedByCompaction, CompactionConfigError: naming the flag and the fix.
     """
     capabilities.check(vllm_config)
+    versions.settle_block_size(vllm_config)
     worker_cls = vllm_config.parallel_config.worker_cls
     classes = PLATFORM_CLASSES.get(worker_cls)
     if classes is None:
@@ -111,6 +112,7 @@ def install() -> None:
         options = (self.additional_config or {}).get(CONFIG_KEY)
         if options is None:
             return original(self, *args, **kwargs)
+        versions.check()
         config = CompactionConfig.from_dict(options)
         self.additional_config = {**self.additional_config, CONFIG_KEY: config.to_dict()}
         if self.attention_backend not in (None, "CUSTOM", AttentionBackendEnum.CUSTOM):

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vllm.outputs import RequestError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -46,6 +47,7 @@ from vllm_am.engine.scheduler.reference_pass import ReferencePassMixin
 from vllm_am.engine.scheduler.reference_queries import JobQueries
 from vllm_am.engine.scheduler.state import CompactionState
 from vllm_am.engine.stats import CompactionStats
+from vllm_am.engine.versions import note_error
 
 
 class CompactionSchedulerMixin(ReferencePassMixin):
@@ -206,16 +208,18 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         refusal = self.compaction.sequences.options(request).refusal
         if refusal:
             self.compaction.journal.refused(request.request_id, refusal)
-            self._finish_with_error(request)
+            self._finish_with_error(request, RequestError("validation_error", refusal))
 
-    def _finish_with_error(self, request: Request) -> None:
+    def _finish_with_error(self, request: Request, error: RequestError) -> None:
         """At the end of this step or of the next, with an output for the client."""
-        # The set that ``update_from_output`` finishes so; requests get into it for other reasons.
-        self.grammar_compile_error_reqs.add(request.request_id)
+        # Those that ``update_from_output`` finishes so; requests get there for other reasons.
+        note_error(self.grammar_compile_error_reqs, request.request_id, error)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *limit: int | None
+    ) -> tuple[Any, int, int, bool]:
         """A hit that leaves no room for the rest of the sequence is cut short."""
-        blocks, tokens, *others = super()._get_local_prefix_cache_hit(request)
+        blocks, tokens, *others = super()._get_local_prefix_cache_hit(request, *limit)
         options = self.compaction.sequences.options(request)
         if tokens and options.enabled:
             most = self.compaction.planner.longest_hit(request.num_tokens, options.ratio)
@@ -231,7 +235,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         alone = all(other.request_id in self.passes for other in self.running)
         # vLLM drops stale output where it preempts everybody, to reset the prefix cache.
         if alone and not drop_stale_output and self.compaction.failures.outgrows_the_pool(request):
-            self._finish_with_error(request)
+            message = "the KV pool cannot hold the sequence, and it could not be compacted"
+            self._finish_with_error(request, RequestError("generation_error", message))
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request_blocks(self, request: Request) -> None:

@@ -46,6 +46,10 @@ class ReportingOutput(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return with_reports(self._output.get_output(), self._reports)
 
+    def get_kv_connector_output(self) -> Any:
+        """Of the output itself; asked for from vLLM 0.33 on, where it is abstract."""
+        return self._output.get_kv_connector_output()
+
 
 def with_reports(output: Any, reports: list[FitReport]) -> Any:
     """``output`` carrying the reports; vLLM shares one empty output, so a copy is marked."""
