@@ -337,10 +337,10 @@ def _halves(targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, of fp16 [h, m, k] and [h, k, n], in fp32."""
-    if a.is_cuda:
-        torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # torch's CPU build has no out_dtype
+    if a.device.type == "cpu":  # torch has no out_dtype there
         total.baddbmm_(a.float(), b.float())
+    else:
+        torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _floats(tensor: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Costs on paper: a change that makes compaction dearer on a GPU fails here, without one.
+
+In processes of their own: tests of kernels make Triton's interpreter out of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: Per slice: launches, GB, TFLOP in 16 bit; what they are today. Where they fall, lower these.
+TODAY = {
+    ("gemma-3-12b", "select keys"): (38, 3.542, 9.664),
+    ("gemma-3-12b", "fit bias"): (128, 10.16, 0.9691),
+    ("gemma-3-12b", "fit values"): (201, 24.87, 1.589),
+    ("gemma-3-12b", "evaluate"): (16, 0.9557, 0.8456),
+    ("gemma-3-12b", "all, as a worker runs it"): (561, 53.53, 11.83),
+    ("qwen3-4b", "select keys"): (38, 1.477, 2.474),
+    ("qwen3-4b", "fit bias"): (88, 6.830, 0.6020),
+    ("qwen3-4b", "fit values"): (177, 10.96, 0.7531),
+    ("qwen3-4b", "evaluate"): (16, 0.3143, 0.2165),
+    ("qwen3-4b", "all, as a worker runs it"): (506, 23.03, 3.641),
+}
+SLACK = 1.05
+RUN = "import typer\nfrom benchmarks.gpu_cost.__main__ import main\ntyper.run(main)"
+SYNCS_PER_SLICE = 2
+
+
+def counted(folder: Path, change: str = "") -> list[dict[str, str]]:
+    """The table, after a change to a module."""
+    program = (
+        f"{change}\nimport typer\nfrom benchmarks.gpu_cost.__main__ import main\ntyper.run(main)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    with (folder / "gpu_cost.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def dearer(rows: list[dict[str, str]]) -> list[str]:
+    """Stages that cost more than they do today, and those that nobody has a limit for."""
+    found = []
+    for row in rows:
+        if not row["slices"]:
+            continue
+        limits = TODAY.get((row["case"], row["stage"]), (0, 0, 0))
+        costs = (row["launches"], row["GB"], row["TFLOP, 16 bit"])
+        for name, cost, limit in zip(("launches", "GB", "TFLOP"), costs, limits, strict=True):
+            if float(cost) > SLACK * limit:
+                found.append(f"{row['case']}, {row['stage']}: {cost} {name}, was {limit}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> list[dict[str, str]]:
+    return counted(tmp_path_factory.mktemp("cost"))
+
+
+def test_nothing_is_dearer_than_it_was(table):
+    assert len([row for row in table if row["slices"]]) == len(TODAY)
+    assert dearer(table) == []
+
+
+def test_a_slice_asks_the_device_twice(table):
+    """As the worker runs it; a stage by itself does not ask at all."""
+    for row in table:
+        whole = row["stage"].startswith("all")
+        assert int(row["syncs"]) <= (SYNCS_PER_SLICE if whole else 0), row
+        assert not whole or int(row["syncs"]) > 0, "it does not count"
+
+
+def test_a_decode_step_is_one_launch_bound_by_memory(table):
+    decodes = [row for row in table if row["stage"].startswith("decode")]
+    assert len(decodes) == 4
+    for row in decodes:
+        assert int(row["launches"]) == 1
+        assert float(row["ms"]) == pytest.approx(float(row["GB"]) / 4.3, rel=1e-3)
+
+
+def test_known_figures(table):
+    """Against arithmetic by hand: 24 heads, 16,384 tokens, 8,192 queries, 820 slots."""
+    stages = {row["stage"]: row for row in table if row["case"] == "qwen3-4b"}
+    products = 6 * 24 * 16_384 * 8_192 * 128
+    assert float(stages["select keys"]["TFLOP, 16 bit"]) == pytest.approx(products / 1e12, rel=1e-6)
+    scores = 2 * 24 * 8_192 * 832 * 128
+    gram = 2 * 2 * 24 * 8_192 * 832 * 832 + 2 * 3 * 24 * 8_192 * 832 * 16
+    expected = (scores + gram) / 1e12
+    assert float(stages["fit bias"]["TFLOP, 16 bit"]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("import vllm_am.kernels.gram as g; g._CHUNK_ROWS = 256", "launches"),
+        (
+            "import vllm_am.kernels.gram as g\n"
+            "halves = g._halves\n"
+            "def twice(*a):\n    halves(*a)\n    return halves(*a)\n"
+            "g._halves = twice",
+            "GB",
+        ),
+    ],
+    ids=["launches", "bytes"],
+)
+def test_a_change_that_costs_more_is_noticed(change, message, tmp_path):
+    found = dearer(counted(tmp_path, change))
+    assert found and any(message in line for line in found)
