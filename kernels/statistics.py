@@ -36,9 +36,12 @@ from vllm_am.kernels.tiles import (
     with_rows,
 )
 
-#: By compute capability and bytes of a number: (largest head size, tiling of the two passes).
+#: By least compute capability and bytes of a number: (largest head size, tiling of the two passes).
 #: Pass 1 keeps a block of queries and streams keys and values; pass 2 keeps keys, streams queries.
 _TILINGS = {
+    (100, 2): {64: (Tiling(128, 128, 8, 3), Tiling(128, 128, 8, 3)),
+               128: (Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 3)),
+               256: (Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 3))},
     (90, 2): {64: (Tiling(128, 128, 8, 3), Tiling(128, 128, 8, 3)),
               128: (Tiling(128, 128, 8, 2), Tiling(128, 128, 8, 3)),
               256: (Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 3))},

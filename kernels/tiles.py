@@ -60,13 +60,13 @@ def tiling_for(
     """The entry for the current device, the least that is not narrower than ``width``.
 
     Args:
-        table: by compute capability (80: every device before Hopper; 90: Hopper and later) and
-            bytes of a number, then by head size.
+        table: by the least compute capability and bytes of a number, then by head size.
     """
     capability = compute_capability()
     if capability == 0:  # the interpreter: small tiles, so that small problems have several
         return tuple(Tiling(16, 32, 4, 1) for _ in next(iter(table[90, 2].values())))
-    by_width = table[90 if capability >= 90 else 80, dtype.itemsize]
+    size = dtype.itemsize
+    by_width = table[max(least for least, s in table if least <= capability and s == size), size]
     return by_width[min(size for size in by_width if size >= width)]
 
 

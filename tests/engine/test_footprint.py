@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_am.config import Threshold
@@ -35,6 +35,8 @@ def make_footprint(threshold: int | float | Threshold = 512, **changes) -> Footp
 ratios = st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0]) | st.floats(0.01, 1.0)
 
 
+# The first of them to run imports what hypothesis needs for floats, which takes a second or more.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(tokens=st.integers(1, 200_000), ratio=ratios)
 def test_slots_are_never_more_than_the_tokens_nor_none(tokens, ratio):
     assert 1 <= slots_for(tokens, ratio) <= tokens

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 #: Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
-SHARED_MEMORY_LIMITS = {80: 163 << 10, 90: 227 << 10}
+SHARED_MEMORY_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
-#: Multiprocessors of an A100 and an H200: launchers size their grids by them.
-_MULTIPROCESSORS = {80: 108, 90: 132}
+#: Multiprocessors of an A100, an H200 and a B200: launchers size their grids by them.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def inspect_cubin(name: str, cubin: bytes, shared_bytes: int) -> CompiledKernel:
         sizes["REG"],
         sizes["STACK"] + sizes["LOCAL"],
         shared_bytes,
-        # HMMA, HGMMA (Hopper's warp groups), DMMA
-        len(re.findall(r"\b[HD]G?MMA\.", text)),
+        # HMMA, HGMMA (Hopper's warp groups), UTCHMMA (Blackwell's tensor memory), DMMA
+        len(re.findall(r"\b(?:UTC)?[HD]G?MMA\b", text)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel becomes a cubin for sm_80 and sm_90, without a GPU.
+"""Every Triton kernel becomes a cubin for sm_80, sm_90 and sm_100, without a GPU.
 
 The call sites are the ``CASES`` of the modules ``compile_cases_*.py`` beside this file. Compiling
 and interpreting exclude each other within a process, so the cases run in another one.

@@ -1,8 +1,9 @@
 """Every contact with vLLM: the symbol, how it is touched, where, why, and until when.
 
-The table itself is ``contacts.toml``, written for vLLM 0.32. ``tests/engine/test_contacts.py``
-holds it against our code (what is imported, subclassed, overridden, replaced) and against the
-installed vLLM (that it has all of it): no entry is missing, and none is stale. Imports no vLLM.
+The table itself is ``contacts.toml``, written for the versions of vLLM that ``versions.py`` names.
+``tests/engine/test_contacts.py`` holds it against our code (what is imported, subclassed,
+overridden, replaced) and against the installed vLLM (that it has all of it): no entry is missing,
+and none is stale. Imports no vLLM.
 
 ``python -m vllm_am.engine.contacts`` prints it.
 """
