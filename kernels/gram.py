@@ -56,7 +56,7 @@ _UNIT = 2.0**14
 _CHUNK_ROWS = 1024
 
 #: Bound of the workspace: two fp16 copies of a chunk, for as many heads at once as fit.
-_WORKSPACE_BYTES = 512 << 20
+_WORKSPACE_BYTES = 256 << 20
 
 _TILINGS = {
     (90, 2): {256: (Tiling(128, 64, 8, 1),)},
@@ -240,7 +240,7 @@ def mass_normal_equations(
     design = _Design(with_rows(keys), _floats(bias), with_rows(queries), lse, None, *constants)
     ones = torch.ones_like(lse).unsqueeze(2)
     gram, rhs = _normal_equations(design, ones, ones)
-    return gram / rows, rhs.squeeze(2) / rows
+    return gram.div_(rows), rhs.squeeze(2).div_(rows)
 
 
 def output_normal_equations(

@@ -47,6 +47,7 @@ def _row(counts: Counts, device: Device, head_dim: int) -> Row:
         "GB": counts.bytes / 1e9,
         "launches": len(counts.launches),
         "syncs": len(counts.syncs),
+        "peak GiB": counts.peak / 2**30,
         "ms": 1e3 * device.time(counts, head_dim),
     }
 

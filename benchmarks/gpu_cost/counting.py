@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,21 @@ class Counts:
     launches: list[Launch] = field(default_factory=list)
     syncs: list[str] = field(default_factory=list)
     """Where the host waits: function and line."""
+    held: int = 0
+    """Bytes that are allocated, of what was made since counting began."""
+    peak: int = 0
+    """The most of it at any time."""
+
+    def hold(self, tensor: Tensor) -> None:
+        """A tensor was made, and its storage is kept until nobody has it any more."""
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._let_go, size)
+
+    def _let_go(self, size: int) -> None:
+        self.held -= size
 
     @property
     def bytes(self) -> float:
@@ -88,6 +104,10 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         out = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = {x.untyped_storage()._cdata for x in given}
+        for x in out:
+            if x.is_meta and x.untyped_storage()._cdata not in known:
+                self.counts.hold(x)
         if name in _FREE or not any(x.is_meta for x in out):
             return result
         flop = 0.0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu_cost.counting import KernelCost, Launch
 from vllm_am.compaction.fit_bias import BoxSolution
+from vllm_am.kernels.solve_box import workspace_bytes
 
 #: Multiprocessors of an H100 and an H200.
 MULTIPROCESSORS = 132
@@ -53,6 +54,8 @@ def box_solver(launched: Callable[[Launch], None]) -> Iterator[None]:
         waves = -(-heads // MULTIPROCESSORS)
         seconds = waves * _PRODUCTS * 4 * size**2 / _MULTIPROCESSOR_RATE
         launched(Launch("solve_box", 0.0, "fp32", gram.nbytes, seconds))
+        blocks = min(heads, MULTIPROCESSORS)
+        torch.empty(blocks, workspace_bytes(size), dtype=torch.uint8, device=rhs.device)
         return BoxSolution(
             torch.empty_like(rhs),
             rhs.new_empty(heads),

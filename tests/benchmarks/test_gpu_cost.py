@@ -33,6 +33,22 @@ RUN = "import typer\nfrom benchmarks.gpu_cost.__main__ import main\ntyper.run(ma
 SYNCS_PER_SLICE = 2
 
 
+def program(text: str, *arguments: str) -> str:
+    """What a program prints, without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", text, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
+
+
 def counted(folder: Path, change: str = "") -> list[dict[str, str]]:
     """The table, after a change to a module."""
     program = (
@@ -91,6 +107,28 @@ def test_a_decode_step_is_one_launch_bound_by_memory(table):
     for row in decodes:
         assert int(row["launches"]) == 1
         assert float(row["ms"]) == pytest.approx(float(row["GB"]) / 4.3, rel=1e-3)
+
+
+PEAKS = """
+from benchmarks.cases import GPU_SUITE, cases_of
+from benchmarks.gpu_cost.stages import worker_slice
+from benchmarks.gpu_suite.fit_speed import slice_heads
+for case in cases_of(GPU_SUITE):
+    for ratio in (0.02, 0.05, 0.1, 0.25, 0.5):
+        counts = worker_slice(case, slice_heads(case, ratio), ratio)
+        print("peak", case.name, ratio, counts.peak, counts.held)
+"""
+
+
+def test_memory_of_a_slice_is_bounded():
+    """By what workers keep free for it; and nothing of it is left but its errors."""
+    from vllm_am.engine.worker.state import SLICE_BYTES
+
+    found = [line.split() for line in program(PEAKS).splitlines() if line.startswith("peak ")]
+    assert len(found) == 10
+    for _, name, ratio, peak, held in found:
+        assert 2**28 < int(peak) <= SLICE_BYTES, (name, ratio)
+        assert int(held) == 16, (name, ratio)  # two sums of errors
 
 
 def test_known_figures(table):

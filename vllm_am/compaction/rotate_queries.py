@@ -47,14 +47,15 @@ def rotate_queries(
     # fp64: at a million positions the angle itself needs more than 24 bits.
     angles = torch.outer(distances.double(), inverse_frequencies.double())
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    turned = queries[..., :rotary].to(dtype)
+    pairs: tuple[slice, slice] = (slice(0, rotary // 2), slice(rotary // 2, rotary))
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned.chunk(2, dim=-1)
-    parts = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
-    return torch.cat([turned.to(queries.dtype), queries[..., rotary:]], dim=-1)
+        pairs = (slice(0, rotary, 2), slice(1, rotary, 2))
+    turned = queries.clone()
+    first, second = (queries[..., pair].to(dtype) for pair in pairs)
+    # One half after the other: the temporaries are twice as large as the queries, or more.
+    turned[..., pairs[0]] = (first * cos).addcmul_(second, sin, value=-1)
+    turned[..., pairs[1]] = (second * cos).addcmul_(first, sin)
+    return turned
 
 
 def distances_behind(positions: Tensor, end: int) -> Tensor:

@@ -14,10 +14,10 @@ DEFAULT_CHUNK_BYTES = 8 << 20
 #: Below this many query rows a matrix product is starved, so heads are split before rows.
 _MIN_ROWS = 256
 
-#: Batches of Gram matrices may be this big whatever the chunk size; solvers hold a few copies. On a
-#: GPU a batch is one launch of the box solver, in which each head has a multiprocessor to itself.
+#: Batches of Gram matrices may be this big whatever the chunk size; solvers hold a few copies.
 _GRAM_BYTES = {"cpu": 64 << 20}
-_GRAM_BYTES_ELSEWHERE = 1 << 30
+#: On a GPU a batch is one launch of the box solver, in which each head has a multiprocessor.
+_GRAM_BYTES_ELSEWHERE = 256 << 20
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

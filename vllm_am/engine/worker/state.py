@@ -61,11 +61,16 @@ WARM_UP_BLOCKS = 10
 FIT_TEMPORARIES = 8
 
 
+#: What a slice of a fit takes at its peak, at most: of the longest span, for head sizes up to 256 and
+#: ratios up to 1/2 (``tests/benchmarks/test_gpu_cost.py``). One that needs more may fail for it.
+SLICE_BYTES = 5 << 29
+
+
 def fit_bytes(device: torch.device) -> int:
     """Memory for the temporaries of a fit: on a GPU a share of it, left out of the KV cache."""
     if device.type != "cuda":
         return FIT_TEMPORARIES * DEFAULT_CHUNK_BYTES
-    return torch.cuda.get_device_properties(device).total_memory // 32
+    return max(SLICE_BYTES, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
 def local_shares(
