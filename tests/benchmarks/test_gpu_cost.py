@@ -128,7 +128,7 @@ def test_memory_of_a_slice_is_bounded():
     assert len(found) == 10
     for _, name, ratio, peak, held in found:
         assert 2**28 < int(peak) <= SLICE_BYTES, (name, ratio)
-        assert int(held) == 16, (name, ratio)  # two sums of errors
+        assert int(held) <= 16, (name, ratio)  # two sums of errors, for as long as they are known
 
 
 def test_known_figures(table):
