@@ -73,6 +73,7 @@ def worker_slice(case: Case, heads: int, ratio: float) -> Counts:
     from vllm_am.engine.messages import FitSlice, Segment
     from vllm_am.engine.worker.fitting import FitProgress, Fitting
     from vllm_am.engine.worker.rotary import Rotary
+    from vllm_am.engine.worker.state import FIT_TEMPORARIES, SLICE_BYTES
 
     layers = heads // case.kv_heads
     blocks = -(-case.tokens_per_fit // BLOCK)
@@ -95,9 +96,8 @@ def worker_slice(case: Case, heads: int, ratio: float) -> Counts:
     ]
     rotary = Rotary(torch.empty(case.head_dim // 2, dtype=torch.float64, device=META), False)
     config = CompactionConfig(ratio=ratio, budgets="uniform")
-    fitting = Fitting(
-        config, kv, pools, case.head_dim**-0.5, None, [rotary] * layers, chunk_bytes=512 << 20
-    )
+    chunk_bytes = SLICE_BYTES // FIT_TEMPORARIES  # as where no more than this is kept free
+    fitting = Fitting(config, kv, pools, case.head_dim**-0.5, None, [rotary] * layers, chunk_bytes)
     source = range(1, 1 + blocks)
     into = tuple(range(1 + blocks, 1 + blocks + target))
     fit = FitSlice(
