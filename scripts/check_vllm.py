@@ -374,19 +374,23 @@ class Verdict:
     differs: list[str] = field(default_factory=list)
 
 
+def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(name in this module, symbol) of everything that is imported from vLLM."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            top, _, below = node.module.partition(".")
+            if top == "vllm":
+                for alias in node.names:
+                    yield alias.asname or alias.name, f"{below}.{alias.name}".strip(".")
+
+
 @cache
 def our_classes() -> dict[str, list[ast.ClassDef]]:
     """By symbol of vLLM that they are built on, possibly through one another."""
     classes: list[tuple[ast.ClassDef, dict[str, str]]] = []
     for path in sorted(ENGINE.rglob("*.py")):
         tree = ast.parse(path.read_text())
-        names: dict[str, str] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
-                below = (node.module or "").removeprefix("vllm.")
-                names |= {
-                    alias.asname or alias.name: f"{below}.{alias.name}" for alias in node.names
-                }
+        names = dict(imported(tree))
         classes += [(n, names) for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
     by_name = {node.name: (node, names) for node, names in classes}
 

@@ -6,8 +6,8 @@
 #
 # vLLM comes from a folder `.gpu/` in the repository's root (ignored by git) whose bootstrap.sh
 # unpacks it and puts it on PYTHONPATH, unless it is installed. Results are written to $OUT if that
-# is set (three files), which excludes --record. VLLM_AM_COMMIT names the commit where the checkout came without
-# its repository. The time until the first stage counts.
+# is set (three files), which excludes --record. VLLM_AM_COMMIT names the commit where the checkout
+# came without its repository. The time until the first stage counts.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export VLLM_AM_GPU_SUITE_STARTED

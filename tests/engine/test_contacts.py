@@ -10,15 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vllm_am.engine
+from scripts.check_vllm import ENGINE, imported, our_classes
 from vllm_am.engine.contacts import Contact, How, contacts
 
-ENGINE = Path(vllm_am.engine.__file__).parent
 CONTACTS = contacts()
 TABLE = {contact.symbol: contact for contact in CONTACTS}
 #: What marks a class as wrapped already is ours, not vLLM's.
@@ -40,50 +38,19 @@ class Use:
 def uses() -> dict[str, Use]:
     """By symbol (without ``vllm.``), as the syntax trees of ``vllm_am/engine`` say."""
     found: dict[str, Use] = defaultdict(Use)
-    classes: dict[str, ast.ClassDef] = {}
-    base_of: dict[str, str] = {}  # name in our code, of a class or an alias of one -> vLLM's symbol
     for path in sorted(ENGINE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         names = dict(imported(tree))
         for symbol in names.values():
             found[symbol].where.add(str(path.relative_to(ENGINE)))
-        base_of |= names
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                # Backends of two platforms have classes of the same name, in different files.
-                classes[f"{path.stem}.{node.name}"] = node
             for target in getattr(node, "targets", ()):
                 owner = getattr(target, "value", None)
                 if isinstance(owner, ast.Name) and owner.id in names:
                     found[names[owner.id]].replaced |= {target.attr} - OUR_MARKS
-    ours = {node.name: node for node in classes.values()}
-    for node in classes.values():
-        for symbol in vllm_bases(node, ours, base_of):
-            found[symbol].subclasses.append(node)
+    for symbol, classes in our_classes().items():
+        found[symbol].subclasses += classes
     return found
-
-
-def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(name in this module, symbol) of everything that is imported from vLLM."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            top, _, below = node.module.partition(".")
-            if top == "vllm":
-                for alias in node.names:
-                    yield alias.asname or alias.name, f"{below}.{alias.name}".strip(".")
-
-
-def vllm_bases(
-    node: ast.ClassDef, ours: dict[str, ast.ClassDef], base_of: dict[str, str]
-) -> Iterator[str]:
-    """vLLM's classes that a class of ours is built on, through other classes of ours."""
-    for base in node.bases:
-        base = base.value if isinstance(base, ast.Subscript) else base
-        name = base.id if isinstance(base, ast.Name) else ""
-        if name in base_of:
-            yield base_of[name]
-        elif name in ours:
-            yield from vllm_bases(ours[name], ours, base_of)
 
 
 def resolve(symbol: str) -> Any:

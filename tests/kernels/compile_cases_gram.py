@@ -26,6 +26,7 @@ CASES = [
         partial(both_fits, dtype, width, softcap),
         KERNELS,
         spill_limit(dtype),
+        on_tensor_cores=True,
     )
     for dtype, width, softcap in [
         (torch.bfloat16, 128, 0.0),

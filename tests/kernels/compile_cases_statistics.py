@@ -45,7 +45,7 @@ def paged(dtype: torch.dtype, width: int) -> None:
 
 CASES = [
     CompileCase(f"{run.__name__}-{str(dtype).removeprefix('torch.')}-{width}",
-                partial(run, dtype, width), KERNELS, spill_limit(dtype))
+                partial(run, dtype, width), KERNELS, spill_limit(dtype), on_tensor_cores=True)
     for run, dtype, width in [
         *((dense, torch.bfloat16, width) for width in (64, 80, 128, 256)),
         (dense, torch.float16, 128),

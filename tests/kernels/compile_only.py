@@ -41,12 +41,14 @@ class CompileCase:
         run: makes small CPU tensors and calls the launcher.
         kernels: names of the kernels that must come out as cubins. All others may.
         spill_limit: most bytes that a thread may spill; None for cases whose speed does not matter.
+        on_tensor_cores: whether ``kernels`` multiply matrices there.
     """
 
     name: str
     run: Callable[[], Any]
     kernels: tuple[str, ...]
     spill_limit: int | None = None
+    on_tensor_cores: bool = False
 
 
 @dataclass(frozen=True)

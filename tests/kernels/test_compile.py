@@ -64,3 +64,5 @@ def test_compiles_ahead_of_time(architecture, module, case):
         assert kernel.shared_bytes <= SHARED_MEMORY_LIMITS[architecture]
         if case.spill_limit is not None:
             assert kernel.spilled_bytes <= case.spill_limit
+        if case.on_tensor_cores and kernel.name in case.kernels:
+            assert kernel.tensor_core_instructions > 0
