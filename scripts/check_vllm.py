@@ -493,10 +493,9 @@ def _judge_subclasses(verdict: Verdict, line: list[ast.ClassDef], old: list[ast.
                 verdict.breaks.append(f"{name}{its} is overridden by {name}{mine}")
 
 
-def check(theirs: Sources, known: Sources) -> list[Verdict]:
+def check(theirs: Version, known: Version) -> list[Verdict]:
     """All contacts, held against a version and one that is known to work."""
-    new, old = Version(theirs), Version(known)
-    return [judge(contact, new, old) for contact in contacts()]
+    return [judge(contact, theirs, known) for contact in contacts()]
 
 
 def main() -> int:
@@ -505,7 +504,7 @@ def main() -> int:
     parser.add_argument("version", help="as on the package index, such as 0.34.0")
     version = parser.parse_args().version
     try:
-        verdicts = check(WheelSources(version), InstalledSources())
+        verdicts = check(Version(WheelSources(version)), Version(InstalledSources()))
     except Unreachable as error:
         print(f"vLLM {version}: {error}", file=sys.stderr)
         return 2

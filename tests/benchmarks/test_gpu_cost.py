@@ -120,6 +120,7 @@ for case in cases_of(GPU_SUITE):
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_slice_is_bounded():
     """By what workers keep free for it; and nothing of it is left but its errors."""
     from vllm_am.engine.worker.state import SLICE_BYTES

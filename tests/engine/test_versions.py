@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.check_vllm import InstalledSources, Unreachable, Verdict, WheelSources, check
+from scripts.check_vllm import (
+    InstalledSources,
+    Unreachable,
+    Verdict,
+    Version,
+    WheelSources,
+    check,
+)
 from vllm_am.config import CompactionConfigError
 from vllm_am.engine.versions import SUPPORTED, note_error
 from vllm_am.engine.versions import check as check_version
 
+KNOWN = Version(InstalledSources())
 SCHEDULER = "v1.core.sched.scheduler.Scheduler"
 
 
@@ -20,7 +28,7 @@ def breaks(verdicts: list[Verdict]) -> dict[str, list[str]]:
 def test_contacts_hold_in_every_supported_version(series):
     """Read in the files of its first release, of which only these are fetched."""
     try:
-        verdicts = check(WheelSources(f"{series}.0"), InstalledSources())
+        verdicts = check(Version(WheelSources(f"{series}.0")), KNOWN)
     except Unreachable as error:
         pytest.skip(f"the package index cannot be asked: {error}")
     assert breaks(verdicts) == {}
@@ -28,7 +36,7 @@ def test_contacts_hold_in_every_supported_version(series):
 
 def test_what_differs_between_versions_is_seen():
     try:
-        verdicts = check(WheelSources("0.33.0"), InstalledSources())
+        verdicts = check(Version(WheelSources("0.33.0")), KNOWN)
     except Unreachable as error:
         pytest.skip(f"the package index cannot be asked: {error}")
     differs = {v.contact.symbol: "; ".join(v.differs) for v in verdicts if v.differs}
@@ -91,7 +99,7 @@ OUTPUTS, CORE = "vllm/v1/outputs.py", "vllm/v1/core/sched/scheduler.py"
     ids=["method", "attribute", "override", "abstract", "call", "symbol"],
 )
 def test_what_would_break_is_found(path, old, new, symbol, message):
-    found = breaks(check(Changed(path, old, new), InstalledSources()))
+    found = breaks(check(Version(Changed(path, old, new)), KNOWN))
     assert list(found) == [symbol]
     assert any(message in line for line in found[symbol]), found
 

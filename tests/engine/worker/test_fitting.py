@@ -9,6 +9,7 @@ from tests.engine import driver
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"merge_slots": 64, "budgets": "uniform"}], ids=["", "merge"])
 def test_a_warm_up_fits_and_leaves_no_trace(tiny_model, mixed, more):
     """All its stages run, and what is served behind it is served as ever."""
