@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 #: Per slice: launches, GB, TFLOP in 16 bit; what they are today. Where they fall, lower these.
@@ -120,7 +122,6 @@ for case in cases_of(GPU_SUITE):
 """
 
 
-@pytest.mark.slow
 def test_memory_of_a_slice_is_bounded():
     """By what workers keep free for it; and nothing of it is left but its errors."""
     from vllm_am.engine.worker.state import SLICE_BYTES
@@ -143,7 +144,6 @@ def test_known_figures(table):
     assert float(stages["fit bias"]["TFLOP, 16 bit"]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -142,6 +142,7 @@ time.sleep(100)
     return [sys.executable, "-c", program]
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_ends_with_all_that_it_started(tmp_path):
     log = io.StringIO()
     outcome = run_watched(
@@ -200,6 +201,7 @@ def test_a_fresh_process_knows_what_only_pythonpath_knows(tmp_path, monkeypatch)
     assert found == ["found", 7, str(ROOT / "vllm_am" / "__init__.py")]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_hangs_ends_with_all_that_it_started(tmp_path, monkeypatch):
     (tmp_path / "job_that_hangs.py").write_text(sleeper(tmp_path)[2])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

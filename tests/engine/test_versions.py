@@ -62,6 +62,7 @@ class Changed(InstalledSources):
 OUTPUTS, CORE = "vllm/v1/outputs.py", "vllm/v1/core/sched/scheduler.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "old", "new", "symbol", "message"),
     [
