@@ -143,6 +143,7 @@ class Fitting:
 
     def _warm_up(self, fit: FitSlice, progress: FitProgress) -> None:
         for part in range(fit.parts):
+            progress.statistics.clear()  # as of a long span, whose fit computes them again
             self._guarded(progress, partial(self._run_slice, replace(fit, part=part), progress))
 
     def forget(self, request_ids: set[str]) -> None:
