@@ -63,8 +63,8 @@ def main(
         "Nothing here is measured: the code ran on tensors without contents, and what it would "
         f"launch on a GPU was counted. Times: by the ceilings of an {H200.name} "
         "(`benchmarks/gpu_cost/devices.py`); `attention.md` and `fit.md` hold what one took.",
-        "Per slice of heads, as the engine fits them with uniform budgets (global ones fit heads of "
-        "different sizes apart, in more launches); `whole`: all slices of the context.",
+        "Per slice of heads, as the engine fits them with uniform budgets (with global ones heads "
+        "of different sizes are fitted apart, in more launches); `whole`: all slices.",
         "Targets: Gemma-3-12B at most 0.30 s; Qwen3-4B at most 0.26 s (a quarter of its prefill); "
         "at most 3,000 launches per context, and 2 syncs per slice.",
     ]
