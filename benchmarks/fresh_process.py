@@ -101,6 +101,7 @@ def run_fresh(module: str, job: Any, environment: Mapping[str, str], timeout: fl
     finally:
         timer.cancel()
         end_tree(process)
+        timer.join()  # it may still be waiting for the last of those that it has killed
     reader.join(timeout=5)
     if expired.is_set():
         raise subprocess.TimeoutExpired(module, timeout, output, said)
