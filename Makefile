@@ -34,7 +34,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create the environment: engine, this package (editable), development tools
 
-$(STAMP): pyproject.toml setup.py scripts/install_engine.py packaging/vllm-alias/pyproject.toml
+$(STAMP): pyproject.toml setup.py scripts/install_engine.py vllm_am/vllm_alias.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	  "vllm-am needs Python 3.11 to 3.13, and PYTHON=$(PYTHON) is %d.%d" % v[:2])'
 	@test -x $(PY) || { echo "==> environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }

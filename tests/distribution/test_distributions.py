@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -214,6 +215,42 @@ def test_fresh_environment_sees_the_wheel_and_not_the_checkout(fresh):
 
 def test_console_script_runs(fresh):
     assert "budgets" in fresh.run("vllm-am", "--help")
+
+
+def test_the_wheel_mends_the_command_of_the_cpu_build(distributions, tmp_path):
+    """As after ``pip install '.[cpu]'``: the engine is there, the distribution ``vllm`` is not."""
+    site_packages = tmp_path / "site-packages"
+    site_packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.match("vllm-*.dist-info") and "vllm_am" not in entry.name:
+            (site_packages / entry.name).symlink_to(entry)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    options = ("--no-deps", "--no-index", "--no-compile", "--target", str(site_packages))
+    run(*pip, "install", *options, str(distributions.wheel), cwd=tmp_path)
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(site_packages)}
+        return subprocess.run(
+            [sys.executable, "-S", *arguments],  # -S: without this environment's own packages
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    command = ("-m", "vllm.entrypoints.cli.main", "--version")
+    broken = python(*command)
+    assert broken.returncode != 0
+    assert "PackageNotFoundError: No package metadata was found for vllm" in broken.stderr
+    for _ in range(2):  # the second time there is nothing to do
+        mended = python("-c", "from vllm_am.cli import app; app()", "alias")
+        assert mended.returncode == 0 and "0.32.0+cpu" in mended.stdout, mended.stderr
+    works = python(*command)
+    assert works.returncode == 0, works.stderr
+    assert works.stdout.split() == ["0.32.0+cpu"]
+    shown = run(*pip, "list", "--path", str(site_packages), cwd=tmp_path)
+    assert ["vllm", "0.32.0+cpu"] in [line.split() for line in shown.splitlines()]
 
 
 @pytest.fixture
