@@ -17,8 +17,16 @@ class RequestOverrides:
     enabled: bool = True
     ratio: float | None = None
     threshold_tokens: int | None = None
+    cache: bool | None = None
+    """Whether it begins with compacted prefixes of others and leaves its own; None: as the engine
+    does."""
 
-    FIELDS = ("kv_compaction", "kv_compaction_ratio", "kv_compaction_threshold")
+    FIELDS = (
+        "kv_compaction",
+        "kv_compaction_ratio",
+        "kv_compaction_threshold",
+        "kv_compaction_cache",
+    )
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestOverrides:
@@ -34,17 +42,20 @@ class RequestOverrides:
                 raise CompactionConfigError(
                     f"{_plain(key)}: unknown field; the fields are {', '.join(cls.FIELDS)}"
                 )
-        mode = extra_args.get("kv_compaction", "on")
-        if not isinstance(mode, str) or mode not in ("on", "off"):
-            raise CompactionConfigError(f"kv_compaction={shown(mode)}: expected 'on' or 'off'")
+        for switch in ("kv_compaction", "kv_compaction_cache"):
+            mode = extra_args.get(switch, "on")
+            if not isinstance(mode, str) or mode not in ("on", "off"):
+                raise CompactionConfigError(f"{switch}={shown(mode)}: expected 'on' or 'off'")
+        cache = extra_args.get("kv_compaction_cache")
         ratio = extra_args.get("kv_compaction_ratio")
         threshold = extra_args.get("kv_compaction_threshold")
         return cls(
-            enabled=mode == "on",
+            enabled=extra_args.get("kv_compaction", "on") == "on",
             ratio=None if ratio is None else parse_ratio(ratio, "kv_compaction_ratio"),
             threshold_tokens=None
             if threshold is None
             else parse_threshold(threshold, "kv_compaction_threshold", allow_share=False).tokens,
+            cache=None if cache is None else cache == "on",
         )
 
 

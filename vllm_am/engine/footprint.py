@@ -57,6 +57,10 @@ class Footprint:
         """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
         return ceil_div(slots_for(tokens, ratio), self.block_size)
 
+    def span_slots(self, tokens: int, ratio: float) -> int:
+        """Slots per head that a span gets: up to the end of its last block they cost nothing."""
+        return min(tokens, self.span_blocks(tokens, ratio) * self.block_size)
+
     def reached(self, ratio: float) -> tuple[float, float]:
         """The least and the most by which spans shrink at a ratio, in whole blocks.
 

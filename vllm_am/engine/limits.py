@@ -39,6 +39,8 @@ class EngineLimits:
     """Query heads per KV head (the GQA group size)."""
     head_size: int
     in_flight_tokens: int
+    prefix_caching: bool = False
+    """Whether vLLM caches exact prefixes."""
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
@@ -59,9 +61,34 @@ class EngineLimits:
             queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
+            prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
         )
+        limits.check_cache()
         limits.check_use()
         return limits
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether compacted prefixes are shared by all sequences that begin with them.
+
+        They are kept in vLLM's prefix cache. A merge would need reference queries of a prefix that
+        nobody has read again.
+        """
+        possible = self.prefix_caching and self.config.merge_slots is None
+        return possible and self.config.cache == "on"
+
+    def check_cache(self) -> None:
+        """Refuse a cache that is asked for where there can be none.
+
+        Raises:
+            CompactionConfigError: naming the option that stands in the way.
+        """
+        if self.config.cache == "on" and not self.caches_prefixes:
+            other = "merge_slots" if self.prefix_caching else "--no-enable-prefix-caching"
+            raise CompactionConfigError(
+                f"--kv-compaction-cache=on: compacted prefixes cannot be shared with {other}; "
+                "drop one of the two"
+            )
 
     def check_use(self) -> None:
         """Refuse options by which no sequence could ever be compacted.
@@ -134,6 +161,10 @@ class EngineLimits:
         """
         if overrides == RequestOverrides():
             return
+        if overrides.cache and not self.caches_prefixes:
+            raise CompactionConfigError(
+                "kv_compaction_cache='on': this server shares no compacted prefixes; drop it"
+            )
         if overrides.threshold_tokens is not None:
             self.config.check_threshold(
                 overrides.threshold_tokens, self.block_size, "kv_compaction_threshold"

@@ -110,6 +110,23 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Publication:
+    """A segment outlives its request: the workers keep its page lists until it is dropped."""
+
+    segment_id: int
+    """Of the fit that wrote it."""
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """From this step on the sequence attends to these published segments, behind those it has."""
+
+    request_id: str
+    segment_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SharedPrefix:
     """A reference pass starts behind a partly compacted sequence, whose segments it shares."""
 
@@ -131,13 +148,17 @@ class QuerySample:
 class CompactionStep:
     """Everything the workers need to know for one engine step; empty for most steps."""
 
+    published: list[Publication] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
+    attached: list[Attachment] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    """Published segments that nobody can attach to any more."""
     shared: list[SharedPrefix] = field(default_factory=list)
     fits: list[FitSlice] = field(default_factory=list)
     samples: dict[str, QuerySample] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.activations or self.shared or self.fits or self.samples)
+        return any(vars(self).values())
 
 
 @dataclass(frozen=True)

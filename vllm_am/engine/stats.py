@@ -30,6 +30,12 @@ class Holdings:
     """Blocks that they occupy, with the targets of fits under way."""
     query_pool_share: float = 0.0
     """Share of the query pool in use."""
+    cache_entries: int = 0
+    """Compacted prefixes that sequences to come may begin with."""
+    cache_blocks_used: int = 0
+    """Blocks of theirs that a sequence stands on."""
+    cache_blocks_free: int = 0
+    """Blocks of theirs that the pool may hand out."""
 
 
 @dataclass
@@ -47,6 +53,11 @@ class CompactionStats:
     reference_tokens: int = 0
     reference_shortfalls: int = 0
     merges: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    cache_hit_tokens: int = 0
+    cache_adoptions: int = 0
+    cache_evictions: int = 0
     now: Holdings | None = None
     """Where it is not what the last report said."""
 
@@ -71,6 +82,9 @@ class CompactionStats:
             or self.failures
             or self.reference_tokens
             or self.reference_shortfalls
+            or self.cache_queries
+            or self.cache_adoptions
+            or self.cache_evictions
             or self.now is not None
         )
 
@@ -86,6 +100,11 @@ class CompactionStats:
         self.mass_errors += other.mass_errors
         self.reference_tokens += other.reference_tokens
         self.reference_shortfalls += other.reference_shortfalls
+        self.cache_queries += other.cache_queries
+        self.cache_hits += other.cache_hits
+        self.cache_hit_tokens += other.cache_hit_tokens
+        self.cache_adoptions += other.cache_adoptions
+        self.cache_evictions += other.cache_evictions
         self.failures = dict(Tally(self.failures) + Tally(other.failures))
         self.now = self.now if other.now is None else other.now
 

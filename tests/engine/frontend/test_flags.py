@@ -51,6 +51,7 @@ def test_flags_are_a_group_of_their_own_with_help(parser):
         "--kv-compaction",
         "--kv-compaction-ratio",
         "--kv-compaction-threshold",
+        "--kv-compaction-cache",
         "--kv-compaction-config",
     }
     help_of = {flag: action.help % vars(action) for flag, action in actions.items()}
@@ -75,6 +76,7 @@ def test_off_leaves_additional_config_alone(options, words):
         (["--kv_compaction_ratio", "0.02"], {"ratio": 0.02}),
         (["--kv-compaction-threshold", "2048"], {"threshold": 2048}),
         (["--kv-compaction-threshold", "80%"], {"threshold": "80%"}),
+        (["--kv-compaction-cache", "on"], {"cache": "on"}),
         (["--kv-compaction-config", '{"recent_tokens": 128}'], {"recent_tokens": 128}),
         (["--kv-compaction-config.recent_tokens", "128"], {"recent_tokens": 128}),
         (

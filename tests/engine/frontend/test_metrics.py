@@ -73,10 +73,13 @@ def test_every_series_exists_from_the_start(metrics, registry):
 
 def test_what_is_held_is_what_the_last_report_says(metrics, registry):
     series = metrics.CompactionMetrics(config(), [0])
-    for now in (metrics.Holdings(2, 1, 64, 4, 0.25), metrics.Holdings(1, 0, 32, 1, 0.125)):
+    for now in (
+        metrics.Holdings(2, 1, 64, 4, 0.25, 3, 5, 1),
+        metrics.Holdings(1, 0, 32, 1, 0.125, 2, 0, 4),
+    ):
         series.record(metrics.CompactionStats(now=now), 0)
     held = [value(registry, name) for name, _ in metrics._GAUGES.values()]
-    assert held == [1, 0, 32, 1, 0.125]
+    assert held == [1, 0, 32, 1, 0.125, 2, 0, 4]
     series.record(one(metrics), 0)
     assert value(registry, "sequences") == 1, "a report that says nothing new"
 
@@ -94,6 +97,10 @@ def test_reports_are_counted_by_engine(metrics, registry):
     series.record(one(metrics, 1000, {"singular": 2}), engine=1)
     series.record(one(metrics, 500), engine=1)
     series.record(metrics.CompactionStats(merges=3), engine=1)
+    cache = {"cache_queries": 3, "cache_hits": 2, "cache_hit_tokens": 640}
+    series.record(metrics.CompactionStats(**cache), engine=1)
+    for name, count in cache.items():
+        assert value(registry, f"{name}_total", 1) == count
     got = {name: value(registry, f"{name}_total", 1) for name in COUNTERS}
     assert got == {
         "compactions": 2,

@@ -86,6 +86,13 @@ def add_flags(parser: Any) -> Any:
         f"{DEFAULT_THRESHOLD_TOKENS}, or half of --max-model-len if that is less.",
     )
     group.add_argument(
+        "--kv-compaction-cache",
+        choices=["on", "off"],
+        default=None,
+        help="Keep compacted prefixes for all requests that begin with the same text: these are "
+        "neither computed nor compacted nor stored again. Default: off.",
+    )
+    group.add_argument(
         "--kv-compaction-config",
         type=_json_object,
         default=None,
@@ -106,6 +113,7 @@ def options_from_args(args: argparse.Namespace) -> dict[str, Any] | None:
     named = {
         "ratio": getattr(args, "kv_compaction_ratio", None),
         "threshold": getattr(args, "kv_compaction_threshold", None),
+        "cache": getattr(args, "kv_compaction_cache", None),
     }
     more: dict[str, Any] | None = getattr(args, "kv_compaction_config", None)
     given = {name: value for name, value in named.items() if value is not None}

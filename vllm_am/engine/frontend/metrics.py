@@ -32,6 +32,24 @@ _GAUGES = {
     "slots": ("slots_held", "Slots per head of all compacted parts."),
     "blocks": ("blocks_held", "KV blocks of compacted parts and of fits under way."),
     "query_pool_share": ("query_pool_usage_perc", "Share of the query pool in use, 1 is all."),
+    "cache_entries": ("cache_entries", "Compacted prefixes that requests may begin with."),
+    "cache_blocks_used": (
+        "cache_blocks_used",
+        "KV blocks of compacted prefixes that sequences stand on.",
+    ),
+    "cache_blocks_free": (
+        "cache_blocks_free",
+        "KV blocks of compacted prefixes that nobody uses, so that the pool may hand them out.",
+    ),
+}
+
+#: By field of ``CompactionStats``: help of its counter.
+_CACHE_COUNTERS = {
+    "cache_queries": "Requests that were looked up in the cache of compacted prefixes.",
+    "cache_hits": "Of these, requests that began on a compacted prefix.",
+    "cache_hit_tokens": "Tokens that the compacted prefixes stood for.",
+    "cache_adoptions": "Segments that running sequences took over in place of a fit.",
+    "cache_evictions": "Compacted prefixes whose blocks were handed out to others.",
 }
 
 
@@ -71,6 +89,10 @@ class CompactionMetrics:
             "Compactions whose reference passes were left out or cut short, for want of room.",
             labels,
         )
+        self._cache = {
+            field: prometheus_client.Counter(f"vllm:kv_compaction_{field}", text, labels)
+            for field, text in _CACHE_COUNTERS.items()
+        }
         self._seconds = prometheus_client.Histogram(
             "vllm:kv_compaction_seconds",
             "Time of the fit of one compaction or merge.",
@@ -120,6 +142,8 @@ class CompactionMetrics:
         self._blocks.labels(*labels).inc(stats.blocks_freed)
         self._reference_tokens.labels(*labels).inc(stats.reference_tokens)
         self._reference_shortfalls.labels(*labels).inc(stats.reference_shortfalls)
+        for field, counter in self._cache.items():
+            counter.labels(*labels).inc(getattr(stats, field))
         for reason, count in stats.failures.items():
             self._failures.labels(*labels, reason).inc(count)
         for histogram, values in (

@@ -5,23 +5,26 @@ chosen by the cache spec through vLLM's registry).
 
 The block table of a sequence stays logical: one entry per block of tokens, compacted entries
 become vLLM's null block (as with sliding windows), so lengths, slot mapping, positions, prefix
-hashes and usage numbers are vLLM's own. The compacted segments live in blocks of their own,
-without a hash, owned by one sequence.
+hashes and usage numbers are vLLM's own. The compacted segments live in blocks of their own: without
+a hash and owned by one sequence, or published (compact_cache.py) and shared by all that stand on
+them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
 
-from vllm_am.engine.messages import Segment
+from vllm_am.engine.messages import Attachment, Segment
+from vllm_am.engine.scheduler.compact_cache import CompactCache, Entry
 from vllm_am.engine.scheduler.planner import Span
 
 if TYPE_CHECKING:
@@ -34,6 +37,19 @@ class CompactedBlocks:
 
     segments: list[Segment] = field(default_factory=list)
     blocks: list[KVCacheBlock] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    """Those of the segments, from the first on, that are published."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether all of it is published, so that others may stand on the same."""
+        return len(self.entries) == len(self.segments)
+
+    def add(self, entry: Entry) -> None:
+        """The sequence holds an entry's blocks from now on."""
+        self.segments.append(entry.segment)
+        self.blocks.extend(entry.blocks)
+        self.entries.append(entry)
 
 
 class CompactingManager(FullAttentionManager):
@@ -45,6 +61,9 @@ class CompactingManager(FullAttentionManager):
         self.max_admission_blocks_per_request = cdiv(kv_cache_spec.peak_tokens, self.block_size)
         self.compacted: dict[str, CompactedBlocks] = {}
         self.targets: dict[int, list[KVCacheBlock]] = {}
+        self.cache = CompactCache(self.block_pool, self.kv_cache_group_id, self.block_size)
+        self._found: dict[str, tuple[Entry, ...]] = {}
+        self._attached: defaultdict[str, list[int]] = defaultdict(list)
 
     def segments(self, request_id: str) -> tuple[Segment, ...]:
         state = self.compacted.get(request_id)
@@ -87,22 +106,114 @@ class CompactingManager(FullAttentionManager):
         """The compaction was given up: its blocks go back."""
         self.block_pool.free_blocks(reversed(self.targets.pop(job_id)))
 
-    def commit(self, job_id: int, request_id: str, segment: Segment) -> None:
+    def commit(
+        self, job_id: int, request_id: str, segment: Segment, hashes: Sequence[BlockHash] | None
+    ) -> bool:
         """The segment takes the place of its tokens' blocks, which go back to the pool.
 
         Blocks shared with other sequences only lose this owner. Those with a prefix hash stay
         evictable, so a later prompt can still hit the exact prefix.
+
+        Args:
+            hashes: of the text's blocks, where the segment is to be published.
+
+        Returns:
+            whether it was.
         """
         state = self.compacted.setdefault(request_id, CompactedBlocks())
-        state.segments.append(segment)
-        state.blocks.extend(self.targets.pop(job_id))
+        target = self.targets.pop(job_id)
+        entry = None
+        if hashes is not None and state.shared:
+            parent = state.entries[-1] if state.entries else None
+            entry = self.cache.publish(parent, hashes, segment, job_id, target)
+        if entry is None:
+            state.segments.append(segment)
+            state.blocks.extend(target)
+            # What it computes from now on has seen the segment: vLLM must not file it under the
+            # hash of its text, where a request that asks for exact KV would find it.
+            self._file_no_more(request_id)
+        else:
+            state.add(entry)
+            self._attached[request_id].append(entry.segment_id)
+        self._leave_out(request_id, segment)
+        return entry is not None
+
+    def _leave_out(self, request_id: str, segment: Segment) -> None:
+        """The sequence gives up the exact blocks of a segment's tokens."""
         blocks = self.req_to_blocks[request_id]
         first, last = segment.start // self.block_size, segment.end // self.block_size
         exact, blocks[first:last] = blocks[first:last], [self._null_block] * (last - first)
         self.block_pool.free_blocks(reversed(exact))
-        # What it computes from now on has seen the segment: vLLM must not file it under the hash of
-        # its text, where a request that asks for exact KV would find it.
-        self._file_no_more(request_id)
+
+    def adopt(self, request_id: str, entry: Entry) -> None:
+        """A running sequence takes a published segment in place of its own tokens' blocks."""
+        self._attach(request_id, entry)
+        self._leave_out(request_id, entry.segment)
+
+    def _attach(self, request_id: str, entry: Entry) -> None:
+        self.block_pool.touch(entry.blocks)
+        self.compacted.setdefault(request_id, CompactedBlocks()).add(entry)
+        self._attached[request_id].append(entry.segment_id)
+
+    def take_attached(self) -> list[Attachment]:
+        """What the workers have to be told of since the last time."""
+        attached = [Attachment(name, tuple(ids)) for name, ids in self._attached.items()]
+        self._attached.clear()
+        return attached
+
+    def begin_on(self, request_id: str, chain: tuple[Entry, ...]) -> None:
+        """If the request is admitted now, it begins life on these entries."""
+        self._found.pop(request_id, None)
+        if chain:
+            self._found[request_id] = chain
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Without the tokens that entries stand for, and with the entries' blocks that are free."""
+        chain = self._found.get(request_id)
+        if chain is None or not new_computed_blocks:
+            chain, left_out, real = (), 0, new_computed_blocks
+        else:
+            real = [block for block in new_computed_blocks if not block.is_null]
+            left_out = (len(new_computed_blocks) - len(real)) * self.block_size
+        needed: int = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens - left_out,
+            real,
+            total_computed_tokens - left_out,
+            num_local_computed_tokens - left_out,
+            *args,
+            **kwargs,
+        )
+        # They leave the free queue with the request.
+        return needed + sum(block.ref_cnt == 0 for entry in chain for block in entry.blocks)
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """Before any new block is taken: it might be one of the chain's."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        for entry in self._found.pop(request_id, ()):
+            self._attach(request_id, entry)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """What is computed over entries is found by sequences that stand on the same ones."""
+        state = self.compacted.get(request.request_id)
+        if state is None or not state.shared:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+            return
+        first = self.num_cached_block.get(request.request_id, 0)
+        last = num_tokens // self.block_size
+        if first < last:
+            blocks = self.req_to_blocks[request.request_id][first:last]
+            self.cache.file_behind(state.entries[-1], request.block_hashes, blocks, first)
+            self.num_cached_block[request.request_id] = last
 
     def _file_no_more(self, request_id: str) -> None:
         """As if all its blocks were cached: none that is still to come becomes others' prefix."""
@@ -126,10 +237,20 @@ class CompactingManager(FullAttentionManager):
         self._file_no_more(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """vLLM's one exit for finish, abort and preemption: the compacted blocks leave with it."""
+        """vLLM's one exit for finish, abort and preemption: the compacted blocks leave with it.
+
+        They are freed from the last one on, so that what is published is handed out again after
+        what stands on it, and the protected blocks in front of it, without which it is of no use,
+        at the very end.
+        """
         state = self.compacted.pop(request_id, None)
+        self._found.pop(request_id, None)
+        self._attached.pop(request_id, None)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
-        return (state.blocks if state else []) + blocks
+        if state is None:
+            return blocks
+        first = state.segments[0].start // self.block_size
+        return [*blocks[:first], *state.blocks, *blocks[first:]]
 
     def check(self, other_owners: Iterable[Sequence[KVCacheBlock]] = ()) -> None:
         """Every block's reference count equals the number of its owners (debugging, tests).
@@ -140,8 +261,8 @@ class CompactingManager(FullAttentionManager):
         owners: Counter[int] = Counter()
         for blocks in self.req_to_blocks.values():
             owners.update(b.block_id for b in blocks if not b.is_null)
-        exclusive = [s.blocks for s in self.compacted.values()] + list(self.targets.values())
-        for blocks in [*exclusive, *other_owners]:
+        targets = list(self.targets.values())
+        for blocks in [*(s.blocks for s in self.compacted.values()), *targets, *other_owners]:
             owners.update(b.block_id for b in blocks)
         pool = self.block_pool
         wrong = [
@@ -153,5 +274,13 @@ class CompactingManager(FullAttentionManager):
             raise AssertionError(f"(block, reference count, owners) differ: {wrong[:5]}")
         if pool.get_num_free_blocks() != pool.num_gpu_blocks - 1 - len(owners):
             raise AssertionError("free blocks and owned blocks do not add up to the pool")
-        if any(b.ref_cnt != 1 or b.block_hash is not None for blocks in exclusive for b in blocks):
-            raise AssertionError("a compacted block is shared or has a prefix hash")
+        published = {
+            b.block_id for s in self.compacted.values() for e in s.entries for b in e.blocks
+        }
+        private = [b for s in self.compacted.values() for b in s.blocks]
+        private = [b for b in private if b.block_id not in published]
+        for block in [*private, *(b for blocks in targets for b in blocks)]:
+            if block.ref_cnt != 1 or block.block_hash is not None:
+                raise AssertionError("a private compacted block is shared or has a prefix hash")
+        if not all(entry.alive for s in self.compacted.values() for entry in s.entries):
+            raise AssertionError("a sequence stands on an entry that is gone")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_am.engine.messages import Activation, FitReport
+from vllm_am.engine.messages import Activation, CompactionStep, FitReport, Publication
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.journal import Journal
@@ -19,22 +19,29 @@ class Commits:
         self._queries = queries
         self._journal = journal
 
-    def commit(self, job: Job, report: FitReport) -> Activation:
+    def commit(self, job: Job, report: FitReport, step: CompactionStep) -> None:
         """The freed blocks are back in the pool in time for this step's allocations."""
         if job.merges:
             self._merge(job, report)
-        else:
-            self._compact(job, report)
-        return Activation(job.request.request_id, job.job_id, job.segment, replaces=job.merges)
+        elif self._compact(job, report):
+            # Told first, and whoever it was fitted for: its blocks are found from now on.
+            step.published.append(Publication(job.job_id, job.segment))
+            return
+        step.activations.append(
+            Activation(job.request.request_id, job.job_id, job.segment, replaces=job.merges)
+        )
 
-    def _compact(self, job: Job, report: FitReport) -> None:
+    def _compact(self, job: Job, report: FitReport) -> bool:
+        """Whether the segment was published."""
         request_id = job.request.request_id
         pool = self._blocks.block_pool
         held, free = self._blocks.held_blocks(request_id), pool.get_num_free_blocks()
         self._queries.keep(request_id, job.source_block_ids)
-        self._blocks.commit(job.job_id, request_id, job.segment)
+        hashes = None if job.key is None else job.request.block_hashes
+        published = self._blocks.commit(job.job_id, request_id, job.segment, hashes)
         freed = held - self._blocks.held_blocks(request_id)
         self._journal.compacted(job, report, freed, pool.get_num_free_blocks() - free)
+        return published
 
     def _merge(self, job: Job, report: FitReport) -> None:
         request_id = job.request.request_id

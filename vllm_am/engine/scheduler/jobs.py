@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from vllm_am.engine.footprint import ceil_div
@@ -30,6 +31,8 @@ class Job:
     """Work of one part (see ``EngineLimits.work``)."""
     merges: bool = False
     """The source is all segments of the sequence, not tokens."""
+    key: BlockHash | None = None
+    """What the segment is to be published under, for other sequences; None: it is not."""
     issued: int = 0
     report: FitReport | None = None
 
@@ -55,11 +58,19 @@ class Jobs:
         """Blocks that compactions under way will give back."""
         return sum(len(job.source_block_ids) for job in self.running.values())
 
-    def start(self, request: Request, span: Span, queries: JobQueries, merges: bool) -> Job | None:
+    def start(
+        self,
+        request: Request,
+        span: Span,
+        queries: JobQueries,
+        merges: bool,
+        key: BlockHash | None,
+    ) -> Job | None:
         """Reserve the target of a compaction and the queries that it reads.
 
         Args:
             merges: the span is all that was compacted before.
+            key: what it is going to be published under, if it is.
 
         Returns:
             None where the pool or the query pool has no room for it now.
@@ -78,7 +89,7 @@ class Jobs:
         rounds = 2 if self._config.budgets == "global" else 1
         parts *= rounds
         slice_work = ceil_div(work * rounds, parts)
-        job = Job(self._next_id, request, segment, source, queries, parts, slice_work, merges)
+        job = Job(self._next_id, request, segment, source, queries, parts, slice_work, merges, key)
         self._pool.hold(queries.slots_read)
         self._next_id += 1
         self.running[span.request_id] = job

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_am.engine.messages import TOO_LOSSY, FitReport
+from vllm_am.engine.messages import TOO_LOSSY, FitReport, Segment
 from vllm_am.engine.scheduler.query_sources import QUERIES_PER_SLOT
 from vllm_am.engine.stats import CompactionStats, Holdings
 
@@ -115,6 +115,44 @@ class Journal:
             report.output_error,
             report.mass_error,
         )
+
+    def looked_up(self, request_id: str, tokens: int) -> None:
+        """A request was admitted that may begin on compacted prefixes.
+
+        Args:
+            tokens: that these stand for; 0 if there were none.
+        """
+        self.count(
+            CompactionStats(cache_queries=1, cache_hits=bool(tokens), cache_hit_tokens=tokens)
+        )
+        if tokens:
+            logger.info(
+                "KV compaction: request %s begins on a compacted prefix of %d tokens",
+                request_id,
+                tokens,
+            )
+
+    def adopted(self, request_id: str, segment: Segment, freed: int) -> None:
+        """A sequence has taken another's segment in place of a fit of its own.
+
+        Args:
+            freed: blocks that it holds less, counting those that it shares.
+        """
+        self.count(CompactionStats(cache_adoptions=1))
+        logger.info(
+            "KV compaction: request %s, tokens [%d, %d): compacted before, %d slots per head are "
+            "shared (%d blocks freed)",
+            request_id,
+            segment.start,
+            segment.end,
+            segment.slots,
+            freed,
+        )
+
+    def evicted(self, count: int) -> None:
+        """Compacted prefixes have lost their blocks to others."""
+        if count:
+            self.count(CompactionStats(cache_evictions=count))
 
     def merged(self, job: Job, report: FitReport, segments: int, slots: int) -> None:
         """Segments became one.

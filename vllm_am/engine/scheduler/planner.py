@@ -177,5 +177,4 @@ class Planner(Footprint):
         blocks = self.span_blocks(end - start, sequence.ratio)
         if blocks > free_blocks or (sequence.ratio < 1 and blocks >= (end - start) // size):
             return None
-        # Whole blocks: the slots up to the end of the last one cost nothing.
-        return Span(sequence.request_id, start, end, min(end - start, blocks * size))
+        return Span(sequence.request_id, start, end, self.span_slots(end - start, sequence.ratio))

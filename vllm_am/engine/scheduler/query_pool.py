@@ -187,6 +187,10 @@ class QueryPool:
         self._fresh.update(slots.tolist())
         return wanted - start, slots
 
+    def is_regular(self, slots: np.ndarray, rate: float) -> np.ndarray:
+        """bool [n]: which of them a sample of this rate has, whatever else is always kept."""
+        return self._priority[self.positions[slots]] < rate
+
     def slots(self, owners: Iterable[Owner]) -> np.ndarray:
         """Slots of all samples of these owners, in position order; int64 [n]."""
         found: list[int] = []

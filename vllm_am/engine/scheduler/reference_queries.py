@@ -89,22 +89,30 @@ class ReferenceQueries:
     # -- of a compaction ------------------------------------------------------------------------
 
     def choose(
-        self, span: Span, of_passes: Mapping[str, Iterable[Owner]], cut_short: bool
+        self,
+        span: Span,
+        of_passes: Mapping[str, Iterable[Owner]],
+        cut_short: bool,
+        shared_rate: float | None = None,
     ) -> JobQueries:
         """Sampled positions of all sources.
 
         Args:
             of_passes: by source, the owners of what reference passes have left in the pool.
             cut_short: not all of the passes ran to their end.
+            shared_rate: of a segment that others will attend to, the rate at which the positions
+                of its sequence are sampled: nothing but a regular sample of the span itself is
+                read then, so that it carries no trace of what was asked behind it.
         """
-        slots = self._slots(span, of_passes, cut_short)
-        return JobQueries(slots, self._shifts(slots, span), self._random(span))
+        context = self._context(span, shared_rate)
+        slots = self._slots(context, of_passes, cut_short)
+        return JobQueries(slots, self._shifts(slots, span), self._random(context))
 
     def _slots(
-        self, span: Span, of_passes: Mapping[str, Iterable[Owner]], cut_short: bool
+        self, context: np.ndarray, of_passes: Mapping[str, Iterable[Owner]], cut_short: bool
     ) -> np.ndarray:
         found = {source: self._pool.slots(owners) for source, owners in of_passes.items()}
-        found["context"] = self._context(span)
+        found["context"] = context
         due = set(self._config.query_fractions) & set(PASS_SOURCES)
         return select(
             found,
@@ -120,21 +128,29 @@ class ReferenceQueries:
             return np.zeros_like(slots)
         return shifts_behind(self._pool.positions[slots], span.end)
 
-    def _context(self, span: Span) -> np.ndarray:
-        """All queries sampled so far at or after the start of the span."""
+    def _context(self, span: Span, shared_rate: float | None) -> np.ndarray:
+        """All queries sampled so far at or after the start of the span.
+
+        Args:
+            shared_rate: only those within the span, of a regular sample; see :meth:`choose`.
+        """
         blocks = self._blocks.req_to_blocks[span.request_id]
         first = span.start // self._limits.block_size
         owners = [keeper(span.request_id), *(b.block_id for b in blocks[first:])]
         slots = self._pool.slots(owners)
-        return slots[self._pool.positions[slots] >= span.start]
+        slots = slots[self._pool.positions[slots] >= span.start]
+        if shared_rate is None:
+            return slots
+        within = self._pool.positions[slots] < span.end
+        return slots[within & self._pool.is_regular(slots, shared_rate)]
 
-    def _random(self, span: Span) -> RandomQueries | None:
+    def _random(self, context: np.ndarray) -> RandomQueries | None:
         """The random part of the mixture, like the queries of the sequence itself."""
         fraction = self._config.query_fractions.get("random")
         if fraction is None:
             return None
         positions = max(1, round(fraction * self._limits.sample_positions))
-        return RandomQueries(positions, thin(self._context(span), RANDOM_LIKE_POSITIONS))
+        return RandomQueries(positions, thin(context, RANDOM_LIKE_POSITIONS))
 
     # -- of a step ------------------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ source that needs reference passes, those come first: reference_pass.py):
 
 A merge of a sequence's segments (``merge_slots``) takes the same steps, with the segments for a
 source.
+
+Segments are published as they are committed (compact_cache.py): a request whose text begins with
+some begins life on them, and a sequence that is due takes one over in place of a fit (sharing.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.outputs import RequestError
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -40,6 +44,7 @@ from vllm_am.engine.messages import (
     CompactionStep,
     FitSlice,
     OnPolicy,
+    Segment,
 )
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.planner import SequenceView, Span
@@ -73,6 +78,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         finally:
             self._holds_preemption = False
         self._drop_preempted(step)
+        self._tell_of_entries(step, output)
         step.shared = self.shared_prefixes(output)
         step.samples = self._sample_queries(output)
         step.fits.extend(self._fits_on_policy(output))
@@ -92,19 +98,49 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         for job, report in self.compaction.jobs.take_reported():
             self.end_study(job.request.request_id)
             if report.failure is None:
-                step.activations.append(self.compaction.commits.commit(job, report))
+                self.compaction.commits.commit(job, report, step)
             else:
                 self.compaction.failures.give_up(job, report)
 
     def _start_jobs(self) -> None:
-        """Start what is due, as much as one step's work bound admits."""
+        """Start what is due, as much as one step's work bound admits.
+
+        What has been compacted for another sequence is taken over, which costs nothing; what is
+        being compacted for another is waited for.
+        """
         jobs = self.compaction.jobs
-        due = self._due()
-        while jobs.outstanding_work < self.compaction.limits.step_work:
-            span, merges = next(due, (None, False))
-            if span is None:
-                break
-            self._start_job(span, merges)
+        for span, view in self._due():
+            if view is not None and self._is_shared(span):
+                continue
+            if jobs.outstanding_work < self.compaction.limits.step_work:
+                after = span if view is None else self.after_passes(view, span)
+                if after is not None:
+                    self._start_job(after, merges=view is None)
+
+    def _is_shared(self, span: Span) -> bool:
+        """Whether its sequence needs no fit now: it has taken over an entry, or one is coming."""
+        request, sharing = self.requests[span.request_id], self.compaction.sharing
+        if span.request_id in self.studies:  # it leads, and others wait for it
+            return False
+        if sharing.adopt(request, span):
+            return True
+        coming: list[tuple[BlockHash | None, Span | Segment]] = [
+            (job.key, job.segment) for job in self.compaction.jobs.running.values()
+        ]
+        for study in self.studies.values():
+            if not study.cut_short:
+                coming.append((sharing.key(study.parent, study.span), study.span))
+        return sharing.coming(request, span, coming)
+
+    def _tell_of_entries(self, step: CompactionStep, output: SchedulerOutput) -> None:
+        """What the workers have to know of segments that outlive their requests."""
+        compaction = self.compaction
+        step.attached = compaction.blocks.take_attached()
+        step.dropped = compaction.blocks.cache.sweep()
+        compaction.journal.evicted(len(step.dropped))
+        new = {new.req_id for new in output.scheduled_new_reqs}
+        new |= set(output.scheduled_cached_reqs.resumed_req_ids)
+        compaction.sharing.count(self.requests[r] for r in new - self.passes.keys())
 
     def _drop_preempted(self, step: CompactionStep) -> None:
         """A request preempted in this very step lost its compacted state and its jobs again."""
@@ -134,7 +170,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             passes = self.read_in_step(study, output)
             if not passes:
                 continue
-            measured = self._choose_queries(study.span)
+            measured = self._choose_queries(study.span, self._key(study.span, passes))
             job = self._start_job(study.span, merges=False, passes=passes)
             if job is not None:
                 on_policy = OnPolicy(passes, measured.slots, measured.shifts)
@@ -142,8 +178,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     # -- what is due, and from which queries ----------------------------------------------------
 
-    def _due(self) -> Iterator[tuple[Span, bool]]:
-        """Spans to compact now, and whether it is a merge of what was compacted before.
+    def _due(self) -> Iterator[tuple[Span, SequenceView | None]]:
+        """Spans to compact now, of which sequences; None for a merge of what was compacted before.
 
         Merges first: a sequence over its limit gets no further segment; not while passes read it.
         """
@@ -155,7 +191,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
                 and self._is_free(request)
                 and (span := compaction.sequences.merge_due(request))
             ):
-                yield span, True
+                yield span, None
         views: dict[str, SequenceView] = {}
         for request in self.running:
             if self._is_free(request) and (view := compaction.sequences.view(request)):
@@ -164,26 +200,38 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             return
         free = compaction.blocks.block_pool.get_num_free_blocks()
         for due in compaction.planner.spans(views.values(), free, compaction.jobs.coming_blocks):
-            after = self.after_passes(views[due.request_id], due)
-            if after is not None:
-                yield after, False
+            yield due, views[due.request_id]
 
     def _is_free(self, request: Request) -> bool:
         """A user's, and no compaction of it is under way."""
         request_id = request.request_id
         return request_id not in self.passes and request_id not in self.compaction.jobs.running
 
-    def _choose_queries(self, span: Span, passes: Sequence[str] = ()) -> JobQueries:
+    def _choose_queries(
+        self, span: Span, key: BlockHash | None, passes: Sequence[str] = ()
+    ) -> JobQueries:
         """Reference queries for a span.
 
         Args:
+            key: what it is going to be published under, if it is.
             passes: on-policy, those that are read in this step: no others then.
         """
-        study = self.studies.get(span.request_id)
+        queries, study = self.compaction.queries, self.studies.get(span.request_id)
+        options = self.compaction.sequences.options(self.requests[span.request_id])
+        rate = None if key is None else options.sample_rate
         if study is None:
-            return self.compaction.queries.choose(span, {}, cut_short=False)
+            return queries.choose(span, {}, cut_short=False, shared_rate=rate)
         owners = self.owners_of_passes(study, passes) if passes else study.owners
-        return self.compaction.queries.choose(span, owners, study.cut_short)
+        return queries.choose(span, owners, study.cut_short, shared_rate=rate)
+
+    def _key(self, span: Span, passes: Sequence[str] = ()) -> BlockHash | None:
+        """What a span is going to be published under; None where its segment stays private.
+
+        One that is fitted without all of its passes is good enough for its own sequence only.
+        """
+        if self.falls_short(span, on_policy=bool(passes)):
+            return None
+        return self.compaction.sharing.key(self.requests[span.request_id], span)
 
     def _start_job(self, span: Span, merges: bool, passes: Sequence[str] = ()) -> Job | None:
         """Start a compaction, if there is room for it now.
@@ -192,9 +240,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             merges: the span is all that was compacted before.
             passes: on-policy, those of this step.
         """
-        queries = self._choose_queries(span, passes)
+        key = None if merges else self._key(span, passes)
+        queries = self._choose_queries(span, key, passes)
         request = self.requests[span.request_id]
-        job = self.compaction.jobs.start(request, span, queries, merges)
+        job = self.compaction.jobs.start(request, span, queries, merges, key)
         if job is not None:
             shortfall = not merges and self.falls_short(span, on_policy=bool(passes))
             self.compaction.journal.started(job, self.compaction.limits.queries_per_kv, shortfall)
@@ -218,8 +267,16 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _get_local_prefix_cache_hit(
         self, request: Request, *limit: int | None
     ) -> tuple[Any, int, int, bool]:
-        """A hit that leaves no room for the rest of the sequence is cut short."""
+        """A request begins on compacted prefixes, where there are some.
+
+        A hit that leaves no room for the rest of the sequence is cut short.
+        """
         blocks, tokens, *others = super()._get_local_prefix_cache_hit(request, *limit)
+        exact = blocks.blocks[self.compaction.blocks.kv_cache_group_id]
+        begun = self.compaction.sharing.hit(request, exact)
+        if begun is not None:
+            blocks = self.kv_cache_manager.create_kv_cache_blocks((begun,))
+            return blocks, len(begun) * self.compaction.limits.block_size, *others
         options = self.compaction.sequences.options(request)
         if tokens and options.enabled:
             most = self.compaction.planner.longest_hit(request.num_tokens, options.ratio)

@@ -21,6 +21,8 @@ class SequenceOptions:
     threshold_tokens: int | None
     sample_rate: float
     """Share of the token positions whose queries are kept."""
+    cache: bool
+    """Whether it takes part in the cache of compacted prefixes."""
     not_before: int = 0
     """After a failed fit: tokens that must have been computed before it is tried again."""
     unmerged_end: int = 0
@@ -71,6 +73,7 @@ class Sequences:
             ratio=overrides.ratio or self._limits.config.ratio,
             threshold_tokens=threshold,
             sample_rate=self._limits.sample_rate(max(request.num_prompt_tokens, threshold or 0)),
+            cache=self._limits.caches_prefixes and overrides.cache is not False,
             refusal=refusal,
         )
 

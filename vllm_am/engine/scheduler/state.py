@@ -17,6 +17,7 @@ from vllm_am.engine.scheduler.planner import Planner
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
 from vllm_am.engine.scheduler.sequences import Sequences
+from vllm_am.engine.scheduler.sharing import Sharing
 from vllm_am.engine.stats import Holdings
 
 
@@ -31,6 +32,7 @@ class CompactionState:
     query_pool: QueryPool
     queries: ReferenceQueries
     sequences: Sequences
+    sharing: Sharing
     jobs: Jobs
     commits: Commits
     failures: Failures
@@ -64,6 +66,7 @@ class CompactionState:
             query_pool=query_pool,
             queries=queries,
             sequences=sequences,
+            sharing=Sharing(planner, blocks, sequences, journal, limits.protected_tokens),
             jobs=Jobs(limits, blocks, query_pool),
             commits=Commits(blocks, queries, journal),
             failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
@@ -72,14 +75,22 @@ class CompactionState:
 
     def holdings(self) -> Holdings:
         """What compaction holds at present."""
-        held = self.blocks.compacted.values()
-        targets = self.blocks.targets.values()
+        held = list(self.blocks.compacted.values())
+        targets = sum(map(len, self.blocks.targets.values()))
+        # What several sequences stand on is held once.
+        segments = {s.block_ids: s.slots for each in held for s in each.segments}
+        blocks = {block.block_id for each in held for block in each.blocks}
+        cached = list(self.blocks.cache.entries())
+        ours = [block.ref_cnt > 0 for entry in cached for block in entry.blocks]
         return Holdings(
             sequences=len(held),
             fits=len(self.jobs.running),
-            slots=sum(segment.slots for each in held for segment in each.segments),
-            blocks=sum(len(each.blocks) for each in held) + sum(map(len, targets)),
+            slots=sum(segments.values()),
+            blocks=len(blocks) + targets,
             query_pool_share=round(self.query_pool.used / self.query_pool.capacity, 4),
+            cache_entries=len(cached),
+            cache_blocks_used=sum(ours),
+            cache_blocks_free=len(ours) - sum(ours),
         )
 
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import (
     Activation,
+    Attachment,
     CompactionStep,
     FitReport,
     FitSlice,
@@ -141,6 +143,12 @@ class WorkerState:
     runner: Any
     """vLLM's model runner, which knows which request is in which row of the batch."""
     sequences: dict[str, CompactedSequence] = field(default_factory=dict)
+    published: dict[int, tuple[Segment, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
+    """Segments that sequences to come may attach to, with their page lists."""
+    chains: WeakValueDictionary[tuple[int, ...], CompactedSequence] = field(
+        default_factory=WeakValueDictionary
+    )
+    """By published segments: what begins with these and is in use; one page table for all users."""
     step: CompactionStep | None = None
     """The step being executed; None in dummy runs, whose rows alias live requests."""
 
@@ -228,12 +236,19 @@ class WorkerState:
             step: the scheduler's message, or None.
             gone: requests finished or preempted since the last step.
         """
+        self.step = step = step or CompactionStep()
+        # First of all: whoever had it fitted may be gone.
+        for new in step.published:
+            self.published[new.segment_id] = new.segment, self.fitting.take(new.segment_id)
         for request_id in gone:
             self.sequences.pop(request_id, None)
         self.fitting.forget(gone)
-        self.step = step = step or CompactionStep()
         for activation in step.activations:
             self._activate(activation)
+        for attachment in step.attached:
+            self._attach(attachment)
+        for segment_id in step.dropped:
+            del self.published[segment_id]
         for shared in step.shared:
             self.sequences[shared.request_id] = self.sequences[shared.parent_id]
         for fit in self.fits_on_policy:
@@ -278,6 +293,17 @@ class WorkerState:
         if activation.replaces:
             del self.sequences[activation.request_id]
         self._extend(activation.request_id, activation.segment, lists)
+
+    def _attach(self, attachment: Attachment) -> None:
+        request_id, ids = attachment.request_id, attachment.segment_ids
+        begins = request_id not in self.sequences
+        if begins and (chain := self.chains.get(ids)) is not None:
+            self.sequences[request_id] = chain
+            return
+        for segment_id in ids:
+            self._extend(request_id, *self.published[segment_id])
+        if begins:
+            self.chains[ids] = self.sequences[request_id]
 
     def _extend(self, request_id: str, segment: Segment, lists: tuple[torch.Tensor, ...]) -> None:
         """From now on the sequence attends to the segment in place of its tokens."""

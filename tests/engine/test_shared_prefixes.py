@@ -1,0 +1,261 @@
+"""Compact once, serve many: compacted prefixes that other sequences begin with."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.engine import driver
+from tests.engine.driver import BLOCK, Ask, random_prompt
+
+pytestmark = pytest.mark.engine
+
+OFF = {"kv_compaction": "off"}
+ALONE = {"kv_compaction_cache": "off"}
+OPTIONS = {"ratio": 0.25, "threshold": 160, "recent_tokens": 64, "cache": "on"}
+EXACT = {**OPTIONS, "ratio": 1.0}
+#: Of a document of 640 tokens, behind the protected block and but for its last block.
+SPAN = 608 - BLOCK
+
+
+def questions(rng: random.Random, count: int, every: int = 60) -> list[Ask]:
+    """One document of 640 tokens, and a question of 40 to 63 behind it each time.
+
+    Their spans end in the document: the last 64 tokens stay exact.
+    """
+    document = random_prompt(rng, 640)
+    own = [random_prompt(rng, rng.randrange(40, 64)) for _ in range(count)]
+    return [Ask((*document, *own[i]), 12, arrives=every * i) for i in range(count)]
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_a_later_question_costs_nothing(tiny_model, force_async):
+    """One compaction for all; the others hold, compute and take nothing but their own tokens."""
+    asks = questions(random.Random(0), 4)
+    used = {}
+
+    def watch(engine, step):
+        for request in engine.scheduler.running:
+            used[request.request_id.partition("-")[0]] = engine.used_blocks
+
+    with driver.start(tiny_model, OPTIONS, force_async) as engine:
+        engine.before_step = watch
+        engine.run(asks)
+        totals = engine.totals
+        assert totals.compactions == 1
+        assert totals.cache_queries == 4
+        assert totals.cache_hits == 3
+        assert totals.cache_hit_tokens == 3 * SPAN
+        assert [engine.cached_tokens[str(i)] for i in range(4)] == [0, 640, 640, 640]
+        own = -(-(32 + 63 + 12) // BLOCK) + 1
+        for name in "123":
+            assert used[name] <= 1 + SPAN // BLOCK // 4 + own
+        assert engine.used_blocks == 0
+        holdings = engine.scheduler.compaction.holdings()
+        assert (holdings.cache_entries, holdings.cache_blocks_used) == (1, 0)
+        assert holdings.cache_blocks_free == -(-SPAN // 4 // BLOCK)
+
+
+def test_an_entry_that_keeps_everything_is_the_exact_text(tiny_model):
+    """At ratio 1 sequences on a shared entry answer as stock vLLM does."""
+    asks = questions(random.Random(1), 4)
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, EXACT) as engine:
+        assert engine.run(asks) == stock
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_hits == 3
+
+
+def test_many_at_once_wait_for_one(tiny_model):
+    """They come together: one is compacted, the others take its segment over."""
+    asks = questions(random.Random(2), 8, every=0)
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, EXACT) as engine:
+        assert engine.run(asks) == stock
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_adoptions == 7
+    asks = questions(random.Random(2), 8, every=0)
+    alone = [Ask(ask.prompt, ask.max_tokens, ALONE) for ask in asks]
+    with driver.start(tiny_model, OPTIONS) as engine:
+        engine.run(alone, names="alone-")
+        assert engine.totals.compactions == 8
+        engine.run(asks)
+        assert engine.totals.compactions == 9
+        assert engine.totals.cache_adoptions + engine.totals.cache_hits == 7
+
+
+def test_who_leads_may_go(tiny_model):
+    """The sequence that all others wait for is aborted: the next one leads."""
+    asks = questions(random.Random(3), 4, every=0)
+    first = asks[0]
+
+    def abort(engine, step):
+        jobs = [name.partition("-")[0] for name in engine.scheduler.compaction.jobs.running]
+        if "0" in jobs:
+            assert jobs == ["0"]
+            aborted.append(step)
+            engine.llm.llm_engine.abort_request(["0"])
+
+    aborted = []
+    with driver.start(tiny_model, OPTIONS, max_num_batched_tokens=4096) as engine:
+        engine.before_step = abort
+        engine.run([Ask(first.prompt, 40), *asks[1:]])
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_adoptions == 2
+        assert aborted
+        assert {"1", "2", "3"} <= set(engine.outputs)
+
+
+def test_a_fit_that_fails_is_tried_for_the_next(tiny_model, monkeypatch):
+    from vllm_am.engine.worker import fitting
+
+    asks = questions(random.Random(4), 3, every=0)
+    failed = []
+    compact = fitting.compact
+
+    def fail_once(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise fitting.FitError("singular", range(1))
+        return compact(*args, **kwargs)
+
+    monkeypatch.setattr(fitting, "compact", fail_once)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        engine.run(asks)
+        assert engine.totals.failures == {"singular": 1}
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_adoptions >= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["token", "ratio", "salt", "cache-off", "off", "prompt-logprobs"],
+)
+def test_what_else_was_asked_for_misses(tiny_model, change):
+    from vllm import SamplingParams
+
+    rng = random.Random(5)
+    ask = questions(rng, 1)[0]
+    prompt = list(ask.prompt)
+    prompt[100] += change == "token"
+    extra = {
+        "ratio": {"kv_compaction_ratio": 0.5},
+        "cache-off": ALONE,
+        "off": OFF,
+    }.get(change)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        engine.run([ask])
+        params = SamplingParams(
+            max_tokens=8,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra,
+            prompt_logprobs=1 if change == "prompt-logprobs" else None,
+        )
+        salt = {"cache_salt": "another"} if change == "salt" else {}
+        inputs = {"prompt_token_ids": prompt, **salt}
+        engine.llm.generate([inputs], params, use_tqdm=False)
+        assert engine.totals.cache_hits == 0
+        assert engine.totals.compactions == 1 + (change != "off")
+        engine.run([ask], names="again-")
+        assert engine.totals.cache_hits == 1
+
+
+def _bytes(engine, entry):
+    """What an entry holds: the pages of its blocks and their bias."""
+    kv = engine.worker._compaction.kv
+    lists = engine.worker._compaction.published[entry.segment_id][1]
+    pages = torch.cat([torch.as_tensor(ids) for ids in lists])
+    return kv.pages[pages].clone(), kv.bias[pages].clone()
+
+
+def test_an_entry_carries_no_trace_of_a_question(tiny_model):
+    """Whoever asks first, and whatever: the same bytes."""
+    rng = random.Random(6)
+    document = random_prompt(rng, 640)
+    held = []
+    for length in (40, 63):
+        with driver.start(tiny_model, OPTIONS) as engine:
+            engine.run([Ask((*document, *random_prompt(rng, length)), 4)])
+            (entry,) = engine.scheduler.compaction.blocks.cache.entries()
+            held.append(_bytes(engine, entry))
+    for first, second in zip(*held, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_chat_stands_on_its_last_turn(tiny_model):
+    """The next turn finds the segments of the last one, and what was computed behind them."""
+    rng = random.Random(7)
+    history = random_prompt(rng, 700)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        for turn in range(4):
+            engine.run([Ask(history, 150)], names=f"turn-{turn}-")
+            if turn:
+                # All but the last partial block and the token that nobody has computed.
+                assert engine.cached_tokens[f"turn-{turn}-0"] >= end - BLOCK
+            end = len(history) + 150
+            history = (*history, *engine.outputs[f"turn-{turn}-0"], *random_prompt(rng, 40))
+        chains = [
+            len(list(engine.scheduler.compaction.blocks.cache.entries())),
+            engine.totals.compactions,
+        ]
+        assert chains[0] == chains[1] >= 2
+
+
+def test_a_reset_forgets_them(tiny_model):
+    asks = questions(random.Random(8), 2)
+    with driver.start(tiny_model, OPTIONS) as engine:
+        engine.run(asks[:1])
+        assert engine.scheduler.reset_prefix_cache()
+        engine.run(asks[1:], names="after-")
+        assert engine.totals.cache_hits == 0
+        assert engine.totals.compactions == 2
+        engine.scheduler.compaction.blocks.cache.sweep(now=True)
+        assert len(list(engine.scheduler.compaction.blocks.cache.entries())) == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "force_async"), [(65, False), (49, True)], ids=["sync", "async"]
+)
+def test_everything_at_once_adds_up(tiny_model, blocks, force_async):
+    """Shared documents, aborts, other ratios, exact requests, a pool that evicts entries: every
+    reference is accounted for in every step, and what is exact equals stock vLLM."""
+    rng = random.Random(blocks)
+    documents = [random_prompt(rng, rng.randrange(300, 480)) for _ in range(3)]
+    asks = []
+    for index in range(40):
+        own = random_prompt(rng, rng.randrange(20, 60))
+        extra = rng.choice([None, None, None, OFF, ALONE, {"kv_compaction_ratio": 0.5}])
+        aborted = index // 2 + 8 if index % 7 == 3 else None
+        asks.append(
+            Ask((*rng.choice(documents), *own), rng.randrange(4, 30), extra, index // 2, aborted)
+        )
+    sizes = {"num_gpu_blocks_override": blocks, "max_model_len": 1024}
+    exact = {str(i) for i, ask in enumerate(asks) if ask.extra_args == OFF and not ask.aborted}
+    with driver.start(tiny_model, max_model_len=1024) as engine:
+        stock = engine.run(asks)
+    sums = {}
+
+    def watch(engine, step):
+        for entry in engine.scheduler.compaction.blocks.cache.entries():
+            if entry.alive and entry.segment_id in engine.worker._compaction.published:
+                pages, bias = _bytes(engine, entry)
+                now = (float(pages.double().sum()), float(bias.double().nan_to_num().sum()))
+                assert sums.setdefault(entry.segment_id, now) == now, "an entry was written to"
+
+    with driver.start(tiny_model, OPTIONS, force_async, **sizes) as engine:
+        engine.before_step = watch
+        outputs = engine.run(asks)
+        totals = engine.totals
+        assert totals.cache_hits + totals.cache_adoptions > 3
+        assert engine.used_blocks == 0
+        assert {name: outputs[name] for name in exact} == {name: stock[name] for name in exact}
+        assert engine.scheduler.reset_prefix_cache()
+        engine.scheduler.compaction.blocks.cache.sweep(now=True)
+        assert not list(engine.scheduler.compaction.blocks.cache.entries())
+    assert sums

@@ -1,0 +1,267 @@
+"""The cache of compacted prefixes: segments that other sequences may begin with.
+
+A segment becomes an *entry* when it is committed. Entries are found from the beginning of a text
+onwards: the first ones start behind the protected tokens, every other where its parent ends, so
+they form a tree, of which a sequence stands on a chain.
+
+An entry's blocks are ordinary cached blocks of vLLM's pool, under keys of their own. So reference
+counts, LRU eviction and ``reset_prefix_cache`` are vLLM's: what nobody uses is free, handed out in
+the pool's own order, and gone when the first of its blocks has lost its key.
+
+vLLM's hash of the last block of a span covers every token up to there, the cache salt, the LoRA
+adapter and the images, so neither of these is asked for here.
+
+vLLM symbols touched: ``v1.core.block_pool.BlockPool`` (called), ``v1.core.kv_cache_utils``
+``KVCacheBlock.set_block_hash`` and ``make_block_hash_with_group_id`` (called).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
+
+from vllm_am.engine.messages import Segment
+
+#: Steps after which entries that have lost a block are looked for.
+SWEEP_STEPS = 64
+
+
+def _digest(*parts: bytes | int) -> BlockHash:
+    """SHA-256 of byte strings and whole numbers, whose boundaries count."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.to_bytes(8, "big") if isinstance(part, int) else part
+        found.update(len(data).to_bytes(8, "big"))
+        found.update(data)
+    return BlockHash(found.digest())
+
+
+@dataclass(eq=False)
+class Entry:
+    """A compacted span that any sequence with the same text up to its end may attend to."""
+
+    key: BlockHash
+    parent: Entry | None
+    text: BlockHash
+    """vLLM's hash of the last block of the span."""
+    segment: Segment
+    segment_id: int
+    """What the workers know its page lists by."""
+    blocks: tuple[KVCacheBlock, ...]
+    block_keys: tuple[BlockHashWithGroupId, ...]
+    children: dict[BlockHash, Entry] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all its blocks, and those of all it stands on, still hold what they held."""
+        own = all(b.block_hash == key for b, key in zip(self.blocks, self.block_keys, strict=True))
+        return own and (self.parent is None or self.parent.alive)
+
+
+class CompactCache:
+    """All entries of one engine.
+
+    Args:
+        pool: that their blocks belong to.
+        group: of the layers that are compacted.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, pool: BlockPool, group: int, block_size: int) -> None:
+        self._pool = pool
+        self._group = group
+        self._block_size = block_size
+        self._roots: dict[BlockHash, Entry] = {}
+        self._steps = 0
+
+    def text(self, hashes: Sequence[BlockHash], end: int) -> BlockHash | None:
+        """vLLM's hash of a text up to ``end`` (whole blocks); None where it is not known."""
+        index = end // self._pool.hash_block_size - 1
+        return hashes[index] if 0 <= index < len(hashes) else None
+
+    def key(
+        self, parent: Entry | None, hashes: Sequence[BlockHash], start: int, end: int, slots: int
+    ) -> BlockHash | None:
+        """What the span [start, end) of a text is filed under; None where its hash is not known.
+
+        Args:
+            parent: the entry that ends at ``start``, None for the first of a text.
+            hashes: of the text's blocks.
+            slots: per head that the span is compacted to.
+        """
+        text = self.text(hashes, end)
+        return None if text is None else self._key(parent, text, start, end, slots)
+
+    @staticmethod
+    def _key(parent: Entry | None, text: BlockHash, start: int, end: int, slots: int) -> BlockHash:
+        return _digest(b"entry", parent.key if parent else b"", start, end, slots, text)
+
+    def find(
+        self,
+        parent: Entry | None,
+        hashes: Sequence[BlockHash],
+        most: int,
+        slots_of: Callable[[int], int],
+    ) -> Entry | None:
+        """The longest living entry that a text has behind ``parent``.
+
+        Args:
+            most: tokens that it ends at, at most.
+            slots_of: slots per head that a span of so many tokens is to be compacted to.
+        """
+        best: Entry | None = None
+        for entry in self._children(parent).values():
+            segment = entry.segment
+            if (
+                (best.segment.end if best else 0) < segment.end <= most
+                and segment.slots == slots_of(segment.end - segment.start)
+                and self.text(hashes, segment.end) == entry.text
+                and entry.alive
+            ):
+                best = entry
+        return best
+
+    def chain(
+        self, hashes: Sequence[BlockHash], most: int, slots_of: Callable[[int], int]
+    ) -> tuple[Entry, ...]:
+        """The living entries that a text begins with, each where the last one ends."""
+        found: list[Entry] = []
+        while entry := self.find(found[-1] if found else None, hashes, most, slots_of):
+            found.append(entry)
+        return tuple(found)
+
+    def publish(
+        self,
+        parent: Entry | None,
+        hashes: Sequence[BlockHash],
+        segment: Segment,
+        segment_id: int,
+        blocks: Sequence[KVCacheBlock],
+    ) -> Entry | None:
+        """Make an entry of a segment; None where there is such an entry, or its parent is gone."""
+        text = self.text(hashes, segment.end)
+        if text is None or (parent is not None and not parent.alive):
+            return None
+        key = self._key(parent, text, segment.start, segment.end, segment.slots)
+        siblings = self._children(parent)
+        if (other := siblings.get(key)) is not None:
+            if other.alive:
+                return None
+            # The name is needed: what is left of the other one is found by the next sweep.
+            siblings[_digest(b"dead", key, other.segment_id)] = siblings.pop(key)
+        keys = tuple(
+            make_block_hash_with_group_id(_digest(b"block", key, i), self._group)
+            for i in range(len(blocks))
+        )
+        entry = Entry(key, parent, text, segment, segment_id, tuple(blocks), keys)
+        for block, block_key in zip(blocks, keys, strict=True):
+            self._file(block, block_key)
+        siblings[key] = entry
+        return entry
+
+    def _children(self, parent: Entry | None) -> dict[BlockHash, Entry]:
+        return self._roots if parent is None else parent.children
+
+    def _file(self, block: KVCacheBlock, key: BlockHashWithGroupId, tokens: int = 0) -> None:
+        block.set_block_hash(key, num_tokens=tokens)
+        self._pool.cached_block_hash_to_block.insert(key, block)
+
+    # -- blocks that were computed behind an entry, over what it holds ---------------------------
+
+    def _behind(self, entry: Entry, text: BlockHash) -> BlockHash:
+        return _digest(b"behind", entry.key, text)
+
+    def file_behind(
+        self, entry: Entry, hashes: Sequence[BlockHash], blocks: Sequence[KVCacheBlock], first: int
+    ) -> None:
+        """File full blocks where only sequences on the same entry find them.
+
+        Args:
+            blocks: of the sequence; those that are filed already stay where they are.
+            first: index of the first one in the sequence.
+        """
+        for index, block in enumerate(blocks, first):
+            end = (index + 1) * self._block_size
+            text = self.text(hashes, end)
+            if text is None:
+                return
+            if not block.is_null and block.block_hash is None:
+                key = make_block_hash_with_group_id(self._behind(entry, text), self._group)
+                self._file(block, key, end)
+
+    def blocks_behind(
+        self, chain: Sequence[Entry], hashes: Sequence[BlockHash], most: int
+    ) -> Iterator[KVCacheBlock]:
+        """Cached blocks that a text has behind a chain, up to ``most`` tokens.
+
+        Those computed over all of it, or over fewer of its entries, or over the exact text: the
+        more of it was exact, the better.
+        """
+        start = chain[-1].segment.end
+        for end in range(start + self._block_size, most + 1, self._block_size):
+            text = self.text(hashes, end)
+            if text is None:
+                return
+            for name in (*(self._behind(entry, text) for entry in reversed(chain)), text):
+                if cached := self._pool.get_cached_block(name, [self._group]):
+                    yield cached[0]
+                    break
+            else:
+                return
+
+    # -- what is there ---------------------------------------------------------------------------
+
+    def entries(self) -> Iterator[Entry]:
+        """All that have not been swept, parents first."""
+        waiting = list(self._roots.values())
+        while waiting:
+            entry = waiting.pop()
+            yield entry
+            waiting.extend(entry.children.values())
+
+    def sweep(self, now: bool = False) -> list[int]:
+        """Forget what has lost a block, every now and then.
+
+        Nobody uses it: who stands on an entry holds its blocks, and those of all its parents.
+
+        Args:
+            now: however long ago the last time was.
+
+        Returns:
+            the ids of the segments that are gone.
+        """
+        self._steps += 1
+        if not self._roots or (self._steps < SWEEP_STEPS and not now):
+            return []
+        self._steps = 0
+        dead = [entry for entry in self.entries() if not entry.alive]
+        ids = {entry.segment_id for entry in dead}
+        self._prune(ids)
+        # The blocks that a dead entry still has are of no use to anybody.
+        self._pool.evict_blocks(
+            {
+                block.block_id
+                for entry in dead
+                for block, key in zip(entry.blocks, entry.block_keys, strict=True)
+                if block.block_hash == key
+            }
+        )
+        return sorted(ids)
+
+    def _prune(self, ids: set[int]) -> None:
+        """Take these entries out of the tree; what stood on them is dead, too."""
+        waiting = [self._roots]
+        while waiting:
+            siblings = waiting.pop()
+            for key in [k for k, entry in siblings.items() if entry.segment_id in ids]:
+                del siblings[key]
+            waiting.extend(entry.children for entry in siblings.values())

@@ -1,0 +1,157 @@
+"""Who begins life on a compacted prefix, who adopts one in place of a fit, who waits for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_am.engine.messages import Segment
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.compact_cache import Entry
+from vllm_am.engine.scheduler.journal import Journal
+from vllm_am.engine.scheduler.planner import Planner, Span
+from vllm_am.engine.scheduler.sequences import Sequences
+
+
+class Sharing:
+    """The use of the cache of compacted prefixes.
+
+    Only where a request would be compacted anyway: it never gets less than it would on its own.
+
+    Args:
+        protected_tokens: the exact prefix in front of every first entry, in whole blocks.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        blocks: CompactingManager,
+        sequences: Sequences,
+        journal: Journal,
+        protected_tokens: int,
+    ) -> None:
+        self._planner = planner
+        self._blocks = blocks
+        self._sequences = sequences
+        self._journal = journal
+        self._protected = protected_tokens
+
+    def takes_part(self, request: Request) -> bool:
+        """Whether it may use entries of others and leave its own.
+
+        Not one that wants log-probabilities of its prompt: vLLM computes all of that itself.
+        """
+        options = self._sequences.options(request)
+        return options.enabled and options.cache and not request.skip_reading_prefix_cache
+
+    # -- new requests ---------------------------------------------------------------------------
+
+    def hit(self, request: Request, exact: Sequence[KVCacheBlock]) -> list[KVCacheBlock] | None:
+        """The blocks that a request begins with, where it is to begin on entries.
+
+        Args:
+            exact: cached blocks of its text, from the first on, without gaps.
+
+        Returns:
+            one for each block of tokens, null blocks for those that the entries stand for; None
+            where it had better begin on the exact ones.
+        """
+        self._blocks.begin_on(request.request_id, ())
+        size = self._blocks.block_size
+        first = self._protected // size
+        if not self.takes_part(request) or len(exact) < first:
+            return None
+        most = request.num_tokens - 1  # the last one is computed, for its logits
+        options = self._sequences.options(request)
+        limit = options.threshold_tokens
+        # One that stays below the threshold would never be compacted.
+        if limit is not None and request.num_tokens <= limit:
+            return None
+        chain = self._blocks.cache.chain(request.block_hashes, most, self._slots_of(options.ratio))
+        if not chain:
+            return None
+        end = chain[-1].segment.end
+        # By the share of the pool that is in use, nothing need be compacted that is there.
+        if limit is None and len(exact) * size >= end:
+            return None
+        behind = list(self._blocks.cache.blocks_behind(chain, request.block_hashes, most))
+        held = first + sum(len(entry.blocks) for entry in chain)
+        live_tokens = request.num_tokens - end + held * size
+        room = self._planner.longest_hit(live_tokens, options.ratio) // size - held
+        self._blocks.begin_on(request.request_id, chain)
+        null = self._blocks.block_pool.null_block
+        return [*exact[:first], *[null] * (end // size - first), *behind[: max(0, room)]]
+
+    def count(self, new: Iterable[Request]) -> None:
+        """Count the requests that were admitted in this step, and what they have found."""
+        for request in new:
+            if self.takes_part(request):
+                segments = self._blocks.segments(request.request_id)
+                tokens = segments[-1].end - segments[0].start if segments else 0
+                self._journal.looked_up(request.request_id, tokens)
+
+    # -- running sequences ----------------------------------------------------------------------
+
+    def hashes(self, request: Request) -> Sequence[BlockHash] | None:
+        """Those of its text, where its next segment may be published."""
+        state = self._blocks.compacted.get(request.request_id)
+        shared = state is None or state.shared
+        return request.block_hashes if shared and self.takes_part(request) else None
+
+    def key(self, request: Request, span: Span | Segment) -> BlockHash | None:
+        """What a span would be published under; None where it would not be."""
+        hashes = self.hashes(request)
+        if hashes is None:
+            return None
+        parent = self._parent(request)
+        return self._blocks.cache.key(parent, hashes, span.start, span.end, span.slots)
+
+    def adopt(self, request: Request, span: Span) -> bool:
+        """Let a sequence take a living entry in place of the fit that it is due for.
+
+        Args:
+            span: that is due; the entry may be shorter.
+        """
+        hashes = self.hashes(request)
+        if hashes is None:
+            return False
+        slots_of = self._slots_of(self._sequences.options(request).ratio)
+        entry = self._blocks.cache.find(self._parent(request), hashes, span.end, slots_of)
+        if entry is None:
+            return False
+        held = self._blocks.held_blocks(request.request_id)
+        self._blocks.adopt(request.request_id, entry)
+        self._journal.adopted(
+            request.request_id, entry.segment, held - self._blocks.held_blocks(request.request_id)
+        )
+        return True
+
+    def coming(
+        self,
+        request: Request,
+        span: Span,
+        others: Iterable[tuple[BlockHash | None, Span | Segment]],
+    ) -> bool:
+        """Whether an entry that it could adopt is being made for another sequence.
+
+        Args:
+            others: spans that are being compacted, with what they will be published under.
+        """
+        slots_of = self._slots_of(self._sequences.options(request).ratio)
+        return any(
+            key is not None
+            and other.start == span.start < other.end <= span.end
+            and other.slots == slots_of(other.end - other.start)
+            and key == self.key(request, other)
+            for key, other in others
+        )
+
+    def _parent(self, request: Request) -> Entry | None:
+        """The entry that its next segment would stand on."""
+        state = self._blocks.compacted.get(request.request_id)
+        return state.entries[-1] if state is not None and state.entries else None
+
+    def _slots_of(self, ratio: float) -> Callable[[int], int]:
+        return lambda tokens: self._planner.span_slots(tokens, ratio)
