@@ -285,10 +285,10 @@ def test_museum_5_long_prompt_in_small_chunks(tiny_model):
         manager = engine.scheduler.compaction.blocks
         commit = manager.commit
 
-        def spy(job_id, request_id, segment):
+        def spy(job_id, request_id, segment, hashes):
             computed = engine.scheduler.requests[request_id].num_computed_tokens
             spans.append((segment.start, segment.end, computed))
-            commit(job_id, request_id, segment)
+            return commit(job_id, request_id, segment, hashes)
 
         manager.commit = spy
         engine.run([Ask(prompt, 4)])

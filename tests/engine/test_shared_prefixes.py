@@ -69,6 +69,7 @@ def test_an_entry_that_keeps_everything_is_the_exact_text(tiny_model):
         assert engine.totals.cache_hits == 3
 
 
+@pytest.mark.slow
 def test_many_at_once_wait_for_one(tiny_model):
     """They come together: one is compacted, the others take its segment over."""
     asks = questions(random.Random(2), 8, every=0)
@@ -88,6 +89,7 @@ def test_many_at_once_wait_for_one(tiny_model):
         assert engine.totals.cache_adoptions + engine.totals.cache_hits == 7
 
 
+@pytest.mark.slow
 def test_who_leads_may_go(tiny_model):
     """The sequence that all others wait for is aborted: the next one leads."""
     asks = questions(random.Random(3), 4, every=0)
@@ -110,6 +112,7 @@ def test_who_leads_may_go(tiny_model):
         assert {"1", "2", "3"} <= set(engine.outputs)
 
 
+@pytest.mark.slow
 def test_a_fit_that_fails_is_tried_for_the_next(tiny_model, monkeypatch):
     from vllm_am.engine.worker import fitting
 
@@ -131,6 +134,7 @@ def test_a_fit_that_fails_is_tried_for_the_next(tiny_model, monkeypatch):
         assert engine.totals.cache_adoptions >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     ["token", "ratio", "salt", "cache-off", "off", "prompt-logprobs"],
@@ -174,6 +178,7 @@ def _bytes(engine, entry):
     return kv.pages[pages].clone(), kv.bias[pages].clone()
 
 
+@pytest.mark.slow
 def test_an_entry_carries_no_trace_of_a_question(tiny_model):
     """Whoever asks first, and whatever: the same bytes."""
     rng = random.Random(6)
@@ -188,16 +193,16 @@ def test_an_entry_carries_no_trace_of_a_question(tiny_model):
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_chat_stands_on_its_last_turn(tiny_model):
     """The next turn finds the segments of the last one, and what was computed behind them."""
     rng = random.Random(7)
-    history = random_prompt(rng, 700)
+    history, end = random_prompt(rng, 700), 0
     with driver.start(tiny_model, OPTIONS) as engine:
         for turn in range(4):
             engine.run([Ask(history, 150)], names=f"turn-{turn}-")
-            if turn:
-                # All but the last partial block and the token that nobody has computed.
-                assert engine.cached_tokens[f"turn-{turn}-0"] >= end - BLOCK
+            # All but the last partial block and the token that nobody has computed.
+            assert engine.cached_tokens[f"turn-{turn}-0"] >= end - BLOCK
             end = len(history) + 150
             history = (*history, *engine.outputs[f"turn-{turn}-0"], *random_prompt(rng, 40))
         chains = [
@@ -219,6 +224,7 @@ def test_a_reset_forgets_them(tiny_model):
         assert len(list(engine.scheduler.compaction.blocks.cache.entries())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "force_async"), [(65, False), (49, True)], ids=["sync", "async"]
 )

@@ -128,7 +128,7 @@ class ReferenceQueries:
             return np.zeros_like(slots)
         return shifts_behind(self._pool.positions[slots], span.end)
 
-    def _context(self, span: Span, shared_rate: float | None) -> np.ndarray:
+    def _context(self, span: Span, shared_rate: float | None = None) -> np.ndarray:
         """All queries sampled so far at or after the start of the span.
 
         Args:
