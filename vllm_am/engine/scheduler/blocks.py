@@ -45,6 +45,11 @@ class CompactedBlocks:
         """Whether all of it is published, so that others may stand on the same."""
         return len(self.entries) == len(self.segments)
 
+    @property
+    def tip(self) -> Entry | None:
+        """The last entry that it stands on; None where nothing of it is published."""
+        return self.entries[-1] if self.entries else None
+
     def add(self, entry: Entry) -> None:
         """The sequence holds an entry's blocks from now on."""
         self.segments.append(entry.segment)
@@ -124,8 +129,7 @@ class CompactingManager(FullAttentionManager):
         target = self.targets.pop(job_id)
         entry = None
         if hashes is not None and state.shared:
-            parent = state.entries[-1] if state.entries else None
-            entry = self.cache.publish(parent, hashes, segment, job_id, target)
+            entry = self.cache.publish(state.tip, hashes, segment, job_id, target)
         if entry is None:
             state.segments.append(segment)
             state.blocks.extend(target)

@@ -108,14 +108,16 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         What has been compacted for another sequence is taken over, which costs nothing; what is
         being compacted for another is waited for.
         """
-        jobs = self.compaction.jobs
+        jobs, shares = self.compaction.jobs, self.compaction.limits.caches_prefixes
         for span, view in self._due():
-            if view is not None and self._is_shared(span):
+            if shares and view is not None and self._is_shared(span):
                 continue
             if jobs.outstanding_work < self.compaction.limits.step_work:
                 after = span if view is None else self.after_passes(view, span)
                 if after is not None:
                     self._start_job(after, merges=view is None)
+            elif not shares:
+                break
 
     def _is_shared(self, span: Span) -> bool:
         """Whether its sequence needs no fit now: it has taken over an entry, or one is coming."""

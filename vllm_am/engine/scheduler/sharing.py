@@ -151,7 +151,7 @@ class Sharing:
     def _parent(self, request: Request) -> Entry | None:
         """The entry that its next segment would stand on."""
         state = self._blocks.compacted.get(request.request_id)
-        return state.entries[-1] if state is not None and state.entries else None
+        return None if state is None else state.tip
 
     def _slots_of(self, ratio: float) -> Callable[[int], int]:
         return lambda tokens: self._planner.span_slots(tokens, ratio)
