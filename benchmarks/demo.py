@@ -12,13 +12,12 @@ How to read it:
   steps of the engine, in which generation goes on: the first two tokens or so of an answer are
   written with the full cache. The answers are whole sentences that begin with words of the question
   and end in the value asked for, so that the value comes from the compacted cache.
-- The question is part of the prompt: its tokens are among the reference queries, and the last 64
-  tokens of a sequence stay exact, as does the first block.
-- Compaction is per sequence, and the table counts the blocks that one sequence holds when it ends.
-  Questions about one document share the exact blocks of its prefix; a shared block returns to the
-  pool when its last sequence has let go of it.
-- Modes share no cached prefix (``cache_salt``), so that each of them reads every document once.
-- On a CPU the fit takes longer than a short answer: tokens/s falls. It is paid once per sequence.
+- A document is compacted once, for the first question about it: those that come meanwhile take the
+  result over, those that come later begin on it. It is fitted to queries of the document alone. The
+  last 64 tokens of the first sequence stay exact, as does the first block.
+- The table counts the blocks that one sequence holds when it ends, those included that it shares.
+- Modes share no cached prefix (``cache_salt``), so that each of them reads every document once. The
+  full cache is shared by vLLM's prefix caching.
 """
 
 from __future__ import annotations
@@ -131,6 +130,8 @@ class Result:
     seconds: float
     measured: Metrics
     """What the server's metrics gained during this mode."""
+    documents: int
+    """That were asked about."""
 
     @property
     def accuracy(self) -> float:
@@ -148,6 +149,13 @@ class Result:
     @property
     def compactions(self) -> int:
         return round(self.measured.total("vllm:kv_compaction_compactions_total"))
+
+    @property
+    def compacted(self) -> int:
+        """Sequences that stood on a compacted document, their own or another's."""
+        shared = ("cache_adoptions", "cache_hits")
+        counts = (self.measured.total(f"vllm:kv_compaction_{name}_total") for name in shared)
+        return self.compactions + round(sum(counts))
 
     @property
     def failures(self) -> dict[str, float]:
@@ -181,8 +189,10 @@ class Result:
 
     @property
     def blocks_after(self) -> float:
-        freed = self.measured.total("vllm:kv_compaction_blocks_freed_total")
-        return self.blocks_before - freed / self.requests
+        if not self.compactions:
+            return self.blocks_before
+        freed = self._per_compaction("vllm:kv_compaction_blocks_freed_total")
+        return self.blocks_before - freed * self.compacted / self.requests
 
     @property
     def memory_ratio(self) -> float:
@@ -236,7 +246,8 @@ def ask(server: Server, mode: Mode, tasks: Sequence[Task], scored: bool, bar: Mo
     seconds = time.monotonic() - started
     ordered = [answers[i] for i in range(len(tasks))]
     scores = grade(tasks, ordered) if scored else None
-    return Result(mode, ordered, scores, seconds, server.metrics().since(before))
+    documents = len({task.document.text for task in tasks})
+    return Result(mode, ordered, scores, seconds, server.metrics().since(before), documents)
 
 
 def grade(tasks: Sequence[Task], answers: Sequence[Completion]) -> dict[str, Score]:
@@ -297,7 +308,8 @@ def table_rows(results: Sequence[Result]) -> Iterator[tuple[str, list[Row]]]:
         "KV cache of a sequence",
         [
             row("prompt tokens", (f"{r.prompt_tokens:,.0f}" for r in results)),
-            row("sequences compacted", (f"{r.compactions} of {r.requests}" for r in results)),
+            row("compactions", (f"{r.compactions}" for r in results)),
+            row("sequences compacted", (f"{r.compacted} of {r.requests}" for r in results)),
             row("tokens compacted", (f"{r.fit_tokens:,.0f}" for r in results)),
             row("… to slots per head", (f"{r.fit_slots:,.0f}" for r in results)),
             row("blocks without compaction", (f"{r.blocks_before:.1f}" for r in results)),
@@ -379,11 +391,12 @@ def find_problems(results: Sequence[Result]) -> list[str]:
     full = results[0]
     for result in results:
         due = 0 if result.mode.ratio is None else result.requests
-        if result.compactions != due:
+        if result.compacted != due or result.compactions > min(due, result.documents):
             failures = "".join(f"; {n:.0f} failed: {why}" for why, n in result.failures.items())
             problems.append(
-                f"{result.mode.name}: {result.compactions} compactions for {result.requests} "
-                f"requests, expected {due}{failures}"
+                f"{result.mode.name}: {result.compacted} of {result.requests} sequences are "
+                f"compacted, in {result.compactions} compactions of {result.documents} documents; "
+                f"expected {due}{failures}"
             )
         if result.mode.ratio != PROMISED_RATIO or result.scores is None:
             continue
@@ -410,6 +423,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
             "accuracy": result.accuracy,
             "requests": result.requests,
             "compactions": result.compactions,
+            "sequences_compacted": result.compacted,
             "prompt_tokens": result.prompt_tokens,
             "tokens_compacted": result.fit_tokens,
             "slots_per_head": result.fit_slots,

@@ -112,7 +112,10 @@ def test_arbitrary_options_past_all_front_ends(engine, alone, extra):
     compaction = engine.scheduler.compaction
     try:
         overrides = RequestOverrides.from_extra_args(extra)
-        compaction.limits.check_request(overrides, 256, compaction.planner.num_blocks)
+        prompt = len(HOSTILE_PROMPT)
+        compaction.limits.check_request(
+            overrides, prompt, prompt + 6, compaction.planner.num_blocks
+        )
         expected = "length"
     except CompactionConfigError as error:
         assert len(str(error)) < 600

@@ -16,6 +16,8 @@ OFF = {"kv_compaction": "off"}
 ALONE = {"kv_compaction_cache": "off"}
 OPTIONS = {"ratio": 0.25, "threshold": 160, "recent_tokens": 64, "cache": "on"}
 EXACT = {**OPTIONS, "ratio": 1.0}
+#: What is left of a prompt behind the document stays exact.
+ONE_SPAN = {**OPTIONS, "threshold": 320}
 #: Of a document of 640 tokens, behind the protected block and but for its last block.
 SPAN = 608 - BLOCK
 
@@ -87,6 +89,61 @@ def test_many_at_once_wait_for_one(tiny_model):
         engine.run(asks)
         assert engine.totals.compactions == 9
         assert engine.totals.cache_adoptions + engine.totals.cache_hits == 7
+
+
+def long_questions(rng: random.Random, count: int, every: int) -> list[Ask]:
+    """One document of 640 tokens, and a question of 130 to 200 behind it each time.
+
+    The last 64 tokens stay exact: as they are, the spans would end in the questions.
+    """
+    document = random_prompt(rng, 640)
+    own = [random_prompt(rng, rng.randrange(130, 200)) for _ in range(count)]
+    return [Ask((*document, *own[i]), 12, arrives=every * i) for i in range(count)]
+
+
+def test_a_marked_prefix_is_shared_from_the_first_on(tiny_model):
+    """It ends there exactly, in whole blocks, however long or short the questions are."""
+    rng = random.Random(10)
+    document = random_prompt(rng, 640)
+    marked = {"kv_compaction_prefix_tokens": 650}
+    asks = [
+        Ask((*document, *random_prompt(rng, own)), 12, marked, arrives=60 * i)
+        for i, own in enumerate((130, 170, 50, 12))
+    ]
+    with driver.start(tiny_model, ONE_SPAN) as engine:
+        engine.run(asks)
+        (entry,) = engine.scheduler.compaction.blocks.cache.entries()
+        assert (entry.segment.start, entry.segment.end) == (BLOCK, 640)
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_hits == 3
+
+
+def test_a_common_prefix_is_found_by_the_second(tiny_model):
+    """The first does not know of others; the second shares what both have; the others find it."""
+    asks = long_questions(random.Random(11), 4, every=60)
+    with driver.start(tiny_model, ONE_SPAN) as engine:
+        engine.run(asks)
+        spans = [e.segment for e in engine.scheduler.compaction.blocks.cache.entries()]
+        assert sorted(s.end for s in spans) == [640, len(asks[0].prompt) // BLOCK * BLOCK - 64]
+        assert engine.totals.compactions == 2
+        assert engine.totals.cache_hits == 2
+
+
+@pytest.mark.slow
+def test_a_common_prefix_of_many_at_once_is_compacted_once(tiny_model):
+    """They know of one another before the first of them is due."""
+    rng = random.Random(12)
+    asks = [*long_questions(rng, 4, every=0)]
+    document = asks[0].prompt[:640]
+    asks += [Ask((*document, *random_prompt(rng, n)), 12) for n in (9, 40, 64, 90)]
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, {**ONE_SPAN, "ratio": 1.0}) as engine:
+        assert engine.run(asks) == stock
+        assert engine.totals.compactions == 1
+        assert engine.totals.cache_adoptions == 7
+        (entry,) = engine.scheduler.compaction.blocks.cache.entries()
+        assert entry.segment.end == 640
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from __future__ import annotations
 from vllm_am.config.budgets import BUDGETS, parse_budgets
 from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.json_text import parse_json
-from vllm_am.config.options import CompactionConfig
+from vllm_am.config.options import CACHE_MODES, CompactionConfig
 from vllm_am.config.queries import PASS_SOURCES, QUERY_SOURCES, STARTERS
 from vllm_am.config.ratio_threshold import (
     DEFAULT_THRESHOLD_TOKENS,
@@ -19,17 +19,20 @@ from vllm_am.config.ratio_threshold import (
     parse_ratio,
     parse_threshold,
 )
-from vllm_am.config.request import RequestOverrides
+from vllm_am.config.request import PREFIX_FIELD, PREFIX_TOKENS_FIELD, RequestOverrides
 
 #: Key of the options inside vLLM's ``additional_config``.
 CONFIG_KEY = "kv_compaction"
 
 __all__ = [
     "BUDGETS",
+    "CACHE_MODES",
     "CONFIG_KEY",
     "DEFAULT_THRESHOLD_TOKENS",
     "LEAST_RATIO",
     "PASS_SOURCES",
+    "PREFIX_FIELD",
+    "PREFIX_TOKENS_FIELD",
     "QUERY_SOURCES",
     "STARTERS",
     "CompactionConfig",

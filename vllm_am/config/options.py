@@ -24,7 +24,7 @@ from vllm_am.config.ratio_threshold import (
 )
 
 #: Values of ``cache``.
-CACHE_MODES = ("on", "off")
+CACHE_MODES = ("auto", "on", "off")
 
 #: Options that are about the passes of certain query sources.
 _OF_SOURCES = {
@@ -88,9 +88,10 @@ class CompactionConfig:
     merge_slots: int | None = None
     """Once the compacted part of a sequence has more slots per head (on average) than this, its
     segments are merged into one of as many, in whole blocks. None: never."""
-    cache: str = "off"
-    """Whether compacted prefixes are kept for requests that begin with the same text: ``"on"`` or
-    ``"off"``. Their fits read no query from behind the span."""
+    cache: str = "auto"
+    """Whether compacted prefixes are kept for requests that begin with the same text: ``"on"``,
+    ``"off"``, or ``"auto"``: where vLLM caches exact prefixes, and there is no ``merge_slots``.
+    Their fits read no query from behind the span."""
     layer_tokens_per_step: int = 65536
     """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
 
@@ -139,7 +140,8 @@ class CompactionConfig:
             )
         if not isinstance(self.cache, str) or self.cache not in CACHE_MODES:
             raise CompactionConfigError(
-                f"--kv-compaction-cache={shown(self.cache)}: expected {' or '.join(CACHE_MODES)}"
+                f"--kv-compaction-cache={shown(self.cache)}: expected one of "
+                f"{', '.join(CACHE_MODES)}"
             )
         whole = {
             "reference_queries": 1,

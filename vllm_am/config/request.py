@@ -9,6 +9,10 @@ from typing import Any
 from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.ratio_threshold import parse_ratio, parse_threshold
 
+#: Length of the part of a prompt that others begin with, too; and the same counted in messages,
+#: which the front end turns into tokens.
+PREFIX_TOKENS_FIELD, PREFIX_FIELD = "kv_compaction_prefix_tokens", "kv_compaction_prefix"
+
 
 @dataclass(frozen=True)
 class RequestOverrides:
@@ -20,12 +24,16 @@ class RequestOverrides:
     cache: bool | None = None
     """Whether it begins with compacted prefixes of others and leaves its own; None: as the engine
     does."""
+    prefix_tokens: int | None = None
+    """Length of the part of its prompt that others have, too: its first span ends there."""
 
     FIELDS = (
         "kv_compaction",
         "kv_compaction_ratio",
         "kv_compaction_threshold",
         "kv_compaction_cache",
+        PREFIX_FIELD,
+        PREFIX_TOKENS_FIELD,
     )
 
     @classmethod
@@ -46,7 +54,13 @@ class RequestOverrides:
             mode = extra_args.get(switch, "on")
             if not isinstance(mode, str) or mode not in ("on", "off"):
                 raise CompactionConfigError(f"{switch}={shown(mode)}: expected 'on' or 'off'")
+        if PREFIX_FIELD in extra_args:
+            raise CompactionConfigError(
+                f"{PREFIX_FIELD}={shown(extra_args[PREFIX_FIELD])}: messages are counted for chat "
+                f"requests to an API server only; give {PREFIX_TOKENS_FIELD}"
+            )
         cache = extra_args.get("kv_compaction_cache")
+        prefix = extra_args.get(PREFIX_TOKENS_FIELD)
         ratio = extra_args.get("kv_compaction_ratio")
         threshold = extra_args.get("kv_compaction_threshold")
         return cls(
@@ -56,7 +70,17 @@ class RequestOverrides:
             if threshold is None
             else parse_threshold(threshold, "kv_compaction_threshold", allow_share=False).tokens,
             cache=None if cache is None else cache == "on",
+            prefix_tokens=None if prefix is None else _whole(PREFIX_TOKENS_FIELD, prefix),
         )
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number above 0, which some clients can send as a text only."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CompactionConfigError(f"{name}={shown(value)}: expected a whole number of tokens > 0")
+    return value
 
 
 def _is_meant_for_us(key: Any) -> bool:

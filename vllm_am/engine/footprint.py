@@ -35,6 +35,8 @@ class Footprint:
     """The protected prefix, in whole blocks."""
     in_flight_tokens: int = 0
     """Most tokens that steps under way can add."""
+    shares: bool = False
+    """Whether spans also end where other sequences go on differently."""
 
     @property
     def longest_span(self) -> int:
@@ -49,13 +51,35 @@ class Footprint:
             due = tokens // size * size
         else:
             due = ceil_div(self.min_span_tokens, size) * size
-        # k blocks of tokens give a block back from k * (1 - ratio) >= 1 on.
-        freeing = size if ratio >= 1 else math.ceil(1 / (1 - ratio) - 1e-9) * size
-        return max(min(due, self.longest_span), freeing)
+        return max(min(due, self.longest_span), self.least_span(ratio))
+
+    def least_span(self, ratio: float) -> int:
+        """Fewest tokens whose compaction gives a block back."""
+        # k blocks do from k * (1 - ratio) >= 1 on.
+        blocks = 1 if ratio >= 1 else math.ceil(1 / (1 - ratio) - 1e-9)
+        return blocks * self.block_size
+
+    def shortest_prefix(self, ratio: float) -> int:
+        """Fewest tokens of a span that ends where other sequences go on differently."""
+        by_share = self.threshold.tokens is None
+        return self.shortest_span(ratio) if by_share else self.least_span(ratio)
 
     def span_blocks(self, tokens: int, ratio: float) -> int:
         """Blocks that ``tokens`` compacted tokens occupy: ceil(ceil(ratio * tokens) / block)."""
         return ceil_div(slots_for(tokens, ratio), self.block_size)
+
+    def compacted_blocks(self, tokens: int, ratio: float) -> int:
+        """Most blocks that ``tokens`` compacted tokens occupy, in spans of any length they have.
+
+        A common prefix is half of the span that was due, or more; a marked one may be any part.
+        """
+        shortest = self.shortest_span(ratio)
+        if self.shares:
+            half = ceil_div(shortest // 2, self.block_size) * self.block_size
+            shortest = max(self.shortest_prefix(ratio), half)
+        lengths = range(shortest, self.longest_span + 1, self.block_size)
+        most_per_token = max(self.span_blocks(n, ratio) / n for n in lengths)
+        return math.ceil(most_per_token * tokens) + self.shares
 
     def span_slots(self, tokens: int, ratio: float) -> int:
         """Slots per head that a span gets: up to the end of its last block they cost nothing."""
@@ -97,9 +121,6 @@ class Footprint:
         # A step with the fit and a step until its report is seen go by before blocks come back.
         exact = max(due, self.threshold.tokens or 0)
         exact += 2 * self.in_flight_tokens + 2 * self.block_size
-        # The most blocks per token that any length of span is rounded up to.
-        lengths = range(shortest, self.longest_span + 1, self.block_size)
-        blocks = max(self.span_blocks(n, ratio) / n for n in lengths) * max_model_len
-        compacted = math.ceil(blocks) * self.block_size
+        compacted = self.compacted_blocks(max_model_len, ratio) * self.block_size
         target = self.span_blocks(exact, ratio) * self.block_size
         return min(max_model_len, exact + compacted + target)

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm_am.config import (
     CONFIG_KEY,
     LEAST_RATIO,
+    PREFIX_TOKENS_FIELD,
     CompactionConfig,
     CompactionConfigError,
     RequestOverrides,
@@ -75,7 +76,7 @@ class EngineLimits:
         nobody has read again.
         """
         possible = self.prefix_caching and self.config.merge_slots is None
-        return possible and self.config.cache == "on"
+        return possible and self.config.cache != "off"
 
     def check_cache(self) -> None:
         """Refuse a cache that is asked for where there can be none.
@@ -134,6 +135,7 @@ class EngineLimits:
             max_span_tokens=self.config.max_span_tokens,
             protected_tokens=self.protected_tokens,
             in_flight_tokens=self.in_flight_tokens,
+            shares=self.caches_prefixes,
         )
 
     def blocks_needed(self, overrides: RequestOverrides, tokens: int) -> int:
@@ -146,13 +148,16 @@ class EngineLimits:
             tokens = footprint.peak_tokens(overrides.ratio or self.config.ratio, tokens)
         return ceil_div(tokens, self.block_size)
 
-    def check_request(self, overrides: RequestOverrides, tokens: int, num_blocks: int) -> None:
+    def check_request(
+        self, overrides: RequestOverrides, prompt: int | None, tokens: int, num_blocks: int
+    ) -> None:
         """Refuse a request whose own options are useless, or let it outgrow the whole KV pool.
 
         vLLM's startup check makes sure that any request fits; with ``"off"`` or a larger ratio one
         may not, and would be preempted and computed again for ever.
 
         Args:
+            prompt: tokens of it; None: not known yet.
             tokens: prompt and longest output together.
             num_blocks: usable blocks of the pool.
 
@@ -161,10 +166,7 @@ class EngineLimits:
         """
         if overrides == RequestOverrides():
             return
-        if overrides.cache and not self.caches_prefixes:
-            raise CompactionConfigError(
-                "kv_compaction_cache='on': this server shares no compacted prefixes; drop it"
-            )
+        self._check_sharing(overrides, prompt)
         if overrides.threshold_tokens is not None:
             self.config.check_threshold(
                 overrides.threshold_tokens, self.block_size, "kv_compaction_threshold"
@@ -181,6 +183,36 @@ class EngineLimits:
                 f"{field}: with this option a request of {tokens} tokens (prompt and max_tokens) "
                 f"may need {needed} KV blocks, and the pool has {num_blocks}; lower max_tokens, or "
                 "drop it"
+            )
+
+    def _check_sharing(self, overrides: RequestOverrides, prompt: int | None) -> None:
+        """What is asked of the cache of compacted prefixes; raises CompactionConfigError."""
+        if overrides.cache and not self.caches_prefixes:
+            raise CompactionConfigError(
+                "kv_compaction_cache='on': this server shares no compacted prefixes; drop it"
+            )
+        marked = overrides.prefix_tokens
+        if marked is None:
+            return
+        field = f"{PREFIX_TOKENS_FIELD}={marked}"
+        if not self.caches_prefixes:
+            raise CompactionConfigError(
+                f"{field}: this server shares no compacted prefixes; drop it"
+            )
+        if overrides.cache is False or not overrides.enabled:
+            other = "kv_compaction" if not overrides.enabled else "kv_compaction_cache"
+            raise CompactionConfigError(f"{field}: has no effect with {other}='off'; drop one")
+        if prompt is not None and marked > prompt:
+            raise CompactionConfigError(
+                f"{field}: the prompt has {prompt} tokens; lower it to where the part ends that "
+                "other prompts have, too"
+            )
+        ratio = overrides.ratio or self.config.ratio
+        least = self.protected_tokens + self.footprint.shortest_prefix(ratio)
+        if marked < least:
+            raise CompactionConfigError(
+                f"{field}: a prefix of fewer than {least} tokens is not worth compacting with "
+                "these options; drop it"
             )
 
     @property

@@ -131,3 +131,45 @@ def test_options_that_outgrow_the_pool_are_refused(small_pool, overrides, tokens
     with pytest.raises(VLLMValidationError, match="KV blocks") as error:
         check(small_pool, params, tokens - 100)
     assert error.value.parameter == field
+
+
+@pytest.mark.parametrize(
+    ("extra", "prompt", "message"),
+    [
+        ({"kv_compaction_prefix_tokens": 2000}, 2000, None),
+        ({"kv_compaction_prefix_tokens": 2000}, 0, None),  # not tokenized yet
+        ({"kv_compaction_prefix_tokens": 2001}, 2000, "the prompt has 2000 tokens"),
+        ({"kv_compaction_prefix_tokens": 20}, 2000, "not worth compacting"),
+        ({"kv_compaction_prefix_tokens": 999, "kv_compaction": "off"}, 999, "kv_compaction='off'"),
+        ({"kv_compaction_prefix_tokens": 999, "kv_compaction_cache": "off"}, 999, "cache='off'"),
+    ],
+    ids=repr,
+)
+def test_a_marked_prefix_that_cannot_be_shared_is_refused(engine_config, extra, prompt, message):
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_am.engine.frontend.request_params import check
+
+    config = engine_config({"threshold": 256}, max_model_len=8192, max_num_batched_tokens=128)
+    config.cache_config.num_gpu_blocks = 10_000
+    params = SimpleNamespace(extra_args=extra, max_tokens=10)
+    if message is None:
+        check(config, params, prompt)
+        return
+    with pytest.raises(VLLMValidationError, match=message) as error:
+        check(config, params, prompt)
+    assert error.value.parameter == "kv_compaction_prefix_tokens"
+
+
+@pytest.mark.parametrize("field", ["kv_compaction_prefix_tokens", "kv_compaction_cache"])
+def test_sharing_is_refused_where_nothing_is_shared(engine_config, field):
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_am.engine.frontend.request_params import check
+
+    config = engine_config({"threshold": 256, "cache": "off"}, max_model_len=8192)
+    config.cache_config.num_gpu_blocks = 10_000
+    value = "on" if field == "kv_compaction_cache" else 900
+    with pytest.raises(VLLMValidationError, match="shares no compacted prefixes") as error:
+        check(config, SimpleNamespace(extra_args={field: value}, max_tokens=10), 1000)
+    assert error.value.parameter == field

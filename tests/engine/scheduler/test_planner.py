@@ -68,6 +68,79 @@ def test_museum_9_trigger(case):
     assert [(span.start, span.end) for span in got] == ([expected] if expected else [])
 
 
+def ends(computed, marked=0, common=0, end=SIZE, **kwargs):
+    """A sequence with a prefix that others have."""
+    return dataclasses.replace(
+        view(computed, end=end, **kwargs), marked_end=marked, common_end=lambda: common
+    )
+
+
+#: sequence, the span that is due. Threshold 512, 64 recent tokens, blocks of 16.
+PREFIXES = {
+    "marked": (ends(2_000, marked=800), (16, 800)),
+    "marked-short": (ends(2_000, marked=48), (16, 48)),
+    "marked-one-block-gives-none-back": (ends(2_000, marked=32), (16, 1_936)),
+    "marked-within-the-recent-tokens": (ends(2_000, marked=2_000), (16, 2_000)),
+    "marked-and-not-yet-computed": (ends(2_000, marked=4_000), (16, 1_936)),
+    "marked-and-compacted": (ends(2_000, marked=800, end=800), (800, 1_936)),
+    "marked-rather-than-common": (ends(2_000, marked=800, common=1_600), (16, 800)),
+    "common": (ends(2_000, common=1_600), (16, 1_600)),
+    "common-half": (ends(2_000, common=976), (16, 976)),
+    "common-less-than-half": (ends(2_000, common=960), (16, 1_936)),
+    "common-recent": (ends(2_000, common=1_984), (16, 1_936)),
+    "common-and-compacted": (ends(2_000, common=800, end=800), (800, 1_936)),
+    "common-is-longest": (ends(9_000, common=6_000), (16, 6_000)),
+}
+
+
+@pytest.mark.parametrize(("sequence", "expected"), PREFIXES.values(), ids=PREFIXES.keys())
+def test_a_span_ends_with_what_others_have(sequence, expected):
+    (span,) = make_planner().spans([sequence], 500)
+    assert (span.start, span.end) == expected
+
+
+def test_a_common_prefix_is_cut_as_any_other_span():
+    planner = make_planner(max_span_tokens=1000)
+    assert planner.next_span(ends(8_000, common=6_000), 500) == Span("a", 16, 16 + 992, 7 * SIZE)
+    assert planner.next_span(ends(8_000, marked=1_600, end=1_008), 500).end == 1_600
+
+
+def test_under_pressure_a_prefix_is_worth_a_compaction():
+    """By the share of the pool: no shorter span than is worth it, whoever has marked it."""
+    planner = make_planner(0.1, num_blocks=200)
+    for marked, end in ((800, 800), (256, 1_936)):
+        (span,) = planner.spans([ends(2_000, marked=marked, limit=None)], 70)
+        assert span.end == end
+
+
+def test_a_common_prefix_is_looked_for_only_when_a_span_is_due():
+    def never():
+        raise AssertionError("asked")
+
+    calm = dataclasses.replace(view(500), common_end=never)
+    assert not list(make_planner().spans([calm], 500))
+
+
+@given(
+    st.lists(st.integers(0, 9_000), min_size=1, max_size=6),
+    st.sampled_from([0.02, 0.1, 0.25, 0.5]),
+    st.sampled_from([512, 0.5]),
+)
+def test_compacted_blocks_bound_what_common_prefixes_take(commons, ratio, threshold):
+    """However a sequence is cut as it grows, it takes no more than it is counted with."""
+    planner = make_planner(threshold, shares=True)
+    end, blocks, limit = SIZE, 0, 512 if threshold == 512 else None
+    for number, common in enumerate(commons):
+        computed = end + planner.shortest_span(ratio) + planner.recent_tokens + 400 * number
+        marked = common if number == 0 else 0
+        sequence = ends(computed, marked, common // SIZE * SIZE, end=end, ratio=ratio, limit=limit)
+        span = planner.next_span(sequence, 10_000)
+        if span is not None:
+            blocks += ceil_div(span.slots, SIZE)
+            end = span.end
+    assert blocks <= planner.compacted_blocks(end - SIZE, ratio)
+
+
 def test_long_span_is_cut_into_segments():
     planner = make_planner(max_span_tokens=1000)
     assert planner.next_span(view(8_000), 500) == Span("a", 16, 16 + 992, 7 * SIZE)

@@ -26,7 +26,7 @@ from vllm_am.engine.classes import (
     install_backend,
     platform_classes,
 )
-from vllm_am.engine.frontend import metrics, request_params
+from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
 from vllm_am.engine.limits import EngineLimits
 
@@ -127,6 +127,7 @@ def install() -> None:
         activate(vllm_config)
         if UsageContext.OPENAI_API_SERVER in (*args, *kwargs.values()):
             request_params.install_in_api_server()
+            marked_prefix.install()
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_am.config import (
+    CACHE_MODES,
     CONFIG_KEY,
     DEFAULT_THRESHOLD_TOKENS,
     CompactionConfig,
@@ -87,10 +88,11 @@ def add_flags(parser: Any) -> Any:
     )
     group.add_argument(
         "--kv-compaction-cache",
-        choices=["on", "off"],
+        choices=list(CACHE_MODES),
         default=None,
         help="Keep compacted prefixes for all requests that begin with the same text: these are "
-        "neither computed nor compacted nor stored again. Default: off.",
+        "neither computed nor compacted nor stored again. Default: auto, which is on where vLLM "
+        "caches exact prefixes.",
     )
     group.add_argument(
         "--kv-compaction-config",

@@ -27,6 +27,9 @@ from vllm_am.engine.limits import EngineLimits
 def check(vllm_config: VllmConfig, params: Any, prompt_tokens: int) -> None:
     """Refuse a request whose options are wrong, or let it outgrow the whole KV pool.
 
+    Args:
+        prompt_tokens: 0 where the prompt has not been tokenized.
+
     Raises:
         VLLMValidationError: naming the field.
     """
@@ -38,7 +41,7 @@ def check(vllm_config: VllmConfig, params: Any, prompt_tokens: int) -> None:
             usable = total // vllm_config.parallel_config.data_parallel_size - 1
             tokens = prompt_tokens + (getattr(params, "max_tokens", None) or 0)
             limits = EngineLimits.from_vllm_config(vllm_config)
-            limits.check_request(overrides, tokens, usable)
+            limits.check_request(overrides, prompt_tokens or None, tokens, usable)
     except CompactionConfigError as error:
         field = str(error).partition("=")[0].partition(":")[0]
         raise VLLMValidationError(str(error), parameter=field) from None

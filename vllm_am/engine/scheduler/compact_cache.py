@@ -81,6 +81,8 @@ class CompactCache:
         self._group = group
         self._block_size = block_size
         self._roots: dict[BlockHash, Entry] = {}
+        self._replaced: list[Entry] = []
+        """Dead ones whose key another one has now."""
         self._steps = 0
 
     def text(self, hashes: Sequence[BlockHash], end: int) -> BlockHash | None:
@@ -156,8 +158,7 @@ class CompactCache:
         if (other := siblings.get(key)) is not None:
             if other.alive:
                 return None
-            # The name is needed: what is left of the other one is found by the next sweep.
-            siblings[_digest(b"dead", key, other.segment_id)] = siblings.pop(key)
+            self._replaced.append(other)
         keys = tuple(
             make_block_hash_with_group_id(_digest(b"block", key, i), self._group)
             for i in range(len(blocks))
@@ -222,7 +223,7 @@ class CompactCache:
 
     def entries(self) -> Iterator[Entry]:
         """All that have not been swept, parents first."""
-        waiting = list(self._roots.values())
+        waiting = [*self._roots.values(), *self._replaced]
         while waiting:
             entry = waiting.pop()
             yield entry
@@ -244,6 +245,7 @@ class CompactCache:
             return []
         self._steps = 0
         dead = [entry for entry in self.entries() if not entry.alive]
+        self._replaced.clear()
         ids = {entry.segment_id for entry in dead}
         self._prune(ids)
         # The blocks that a dead entry still has are of no use to anybody.

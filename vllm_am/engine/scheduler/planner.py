@@ -8,7 +8,7 @@ is compacted as it goes. Every token is compacted once; only when a sequence's s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,11 @@ class SequenceView:
     ratio: float
     threshold_tokens: int | None
     """The request's own threshold, or the engine's; None when that is a share of the pool."""
+    marked_end: int = 0
+    """Where the prefix ends that the request says others have, in whole blocks; 0: nothing said."""
+    common_end: Callable[[], int] = int
+    """Where the prefix ends that other prompts had, in whole blocks; 0: none had any. Asked only
+    when a span is due."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,7 @@ class Planner(Footprint):
         """The span after the last segment, as long as allowed and as the free blocks can hold."""
         size = self.block_size
         start = sequence.compacted_end
-        end = (sequence.computed - self.recent_tokens) // size * size
-        end = min(end, start + self.longest_span)
+        end = min(self._end(sequence), start + self.longest_span)
         if sequence.ratio < 1 and end > start:
             # In a full pool a shorter span still makes progress: one free block takes
             # block_size / ratio tokens, and gives back 1 / ratio blocks.
@@ -178,3 +182,17 @@ class Planner(Footprint):
         if blocks > free_blocks or (sequence.ratio < 1 and blocks >= (end - start) // size):
             return None
         return Span(sequence.request_id, start, end, self.span_slots(end - start, sequence.ratio))
+
+    def _end(self, sequence: SequenceView) -> int:
+        """Where the next span should end: with the text that others have, so that they share it.
+
+        Where the request has marked it, there exactly. Otherwise the most recent tokens stay exact,
+        and what follows on a common prefix waits for a span of its own, if it is the lesser part.
+        """
+        start = sequence.compacted_end
+        end = (sequence.computed - self.recent_tokens) // self.block_size * self.block_size
+        least = start + self.shortest_prefix(sequence.ratio)
+        if sequence.marked_end:
+            return sequence.marked_end if least <= sequence.marked_end <= sequence.computed else end
+        common = sequence.common_end() if end >= least else 0
+        return common if max(least, (start + end) // 2) <= common < end else end

@@ -110,7 +110,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         """
         jobs, shares = self.compaction.jobs, self.compaction.limits.caches_prefixes
         for span, view in self._due():
-            if shares and view is not None and self._is_shared(span):
+            if shares and view is not None and self._is_shared(span, view.computed):
                 continue
             if jobs.outstanding_work < self.compaction.limits.step_work:
                 after = span if view is None else self.after_passes(view, span)
@@ -119,12 +119,12 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             elif not shares:
                 break
 
-    def _is_shared(self, span: Span) -> bool:
+    def _is_shared(self, span: Span, computed: int) -> bool:
         """Whether its sequence needs no fit now: it has taken over an entry, or one is coming."""
         request, sharing = self.requests[span.request_id], self.compaction.sharing
         if span.request_id in self.studies:  # it leads, and others wait for it
             return False
-        if sharing.adopt(request, span):
+        if sharing.adopt(request, computed):
             return True
         coming: list[tuple[BlockHash | None, Span | Segment]] = [
             (job.key, job.segment) for job in self.compaction.jobs.running.values()
@@ -132,7 +132,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         for study in self.studies.values():
             if not study.cut_short:
                 coming.append((sharing.key(study.parent, study.span), study.span))
-        return sharing.coming(request, span, coming)
+        return sharing.coming(request, span, computed, coming)
 
     def _tell_of_entries(self, step: CompactionStep, output: SchedulerOutput) -> None:
         """What the workers have to know of segments that outlive their requests."""
@@ -260,6 +260,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         if refusal:
             self.compaction.journal.refused(request.request_id, refusal)
             self._finish_with_error(request, RequestError("validation_error", refusal))
+        self.compaction.sequences.arrived(request)
 
     def _finish_with_error(self, request: Request, error: RequestError) -> None:
         """At the end of this step or of the next, with an output for the client."""

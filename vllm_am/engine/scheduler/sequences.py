@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from vllm.v1.request import Request
 
@@ -10,6 +11,7 @@ from vllm_am.config import RequestOverrides
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.planner import Planner, SequenceView, Span
+from vllm_am.engine.scheduler.recent_prompts import RecentPrompts
 
 
 @dataclass
@@ -22,7 +24,12 @@ class SequenceOptions:
     sample_rate: float
     """Share of the token positions whose queries are kept."""
     cache: bool
-    """Whether it takes part in the cache of compacted prefixes."""
+    """Whether it takes part in the cache of compacted prefixes: begins on others', leaves its own.
+
+    Not one that wants log-probabilities of its prompt: vLLM computes all of that itself.
+    """
+    marked_end: int = 0
+    """Where the prefix ends that it says others have, in whole blocks; 0: it says nothing."""
     not_before: int = 0
     """After a failed fit: tokens that must have been computed before it is tried again."""
     unmerged_end: int = 0
@@ -47,6 +54,7 @@ class Sequences:
         self._planner = planner
         self._blocks = blocks
         self._draft_tokens = draft_tokens
+        self._recent_prompts = RecentPrompts()
         self.known: dict[str, SequenceOptions] = {}
 
     def options(self, request: Request) -> SequenceOptions:
@@ -63,19 +71,38 @@ class Sequences:
         try:
             overrides = RequestOverrides.from_extra_args(params.extra_args if params else None)
             self._limits.check_request(
-                overrides, request.num_prompt_tokens + request.max_tokens, self._planner.num_blocks
+                overrides,
+                request.num_prompt_tokens,
+                request.num_prompt_tokens + request.max_tokens,
+                self._planner.num_blocks,
             )
         except Exception as error:
             refusal = str(error) or type(error).__name__
         threshold = overrides.threshold_tokens or self._planner.threshold.tokens
+        enabled = overrides.enabled and not refusal
+        cache = enabled and self._limits.caches_prefixes and overrides.cache is not False
+        cache = cache and not request.skip_reading_prefix_cache
+        size = self._limits.block_size
         return SequenceOptions(
-            enabled=overrides.enabled and not refusal,
+            enabled=enabled,
             ratio=overrides.ratio or self._limits.config.ratio,
             threshold_tokens=threshold,
             sample_rate=self._limits.sample_rate(max(request.num_prompt_tokens, threshold or 0)),
-            cache=self._limits.caches_prefixes and overrides.cache is not False,
+            cache=cache,
+            marked_end=(overrides.prefix_tokens or 0) // size * size if cache else 0,
             refusal=refusal,
         )
+
+    def arrived(self, request: Request) -> None:
+        """Its prompt is one of those that later ones may have something in common with."""
+        if self.options(request).cache:
+            self._recent_prompts.add(request.block_hashes)
+
+    def _common_end(self, request: Request) -> int:
+        """Where the text ends that its prompt has in common with others, in whole blocks."""
+        size, hashed = self._limits.block_size, self._blocks.block_pool.hash_block_size
+        hashes = request.block_hashes[: request.num_prompt_tokens // hashed]
+        return self._recent_prompts.common(hashes) * hashed // size * size
 
     def view(self, request: Request) -> SequenceView | None:
         """What the planner sees; None while nothing of it is to be compacted."""
@@ -99,6 +126,8 @@ class Sequences:
             exact_tokens=computed - end + protected,
             ratio=options.ratio,
             threshold_tokens=options.threshold_tokens,
+            marked_end=options.marked_end,
+            common_end=partial(self._common_end, request) if options.cache else int,
         )
 
     def merge_due(self, request: Request) -> Span | None:

@@ -38,14 +38,6 @@ class Sharing:
         self._journal = journal
         self._protected = protected_tokens
 
-    def takes_part(self, request: Request) -> bool:
-        """Whether it may use entries of others and leave its own.
-
-        Not one that wants log-probabilities of its prompt: vLLM computes all of that itself.
-        """
-        options = self._sequences.options(request)
-        return options.enabled and options.cache and not request.skip_reading_prefix_cache
-
     # -- new requests ---------------------------------------------------------------------------
 
     def hit(self, request: Request, exact: Sequence[KVCacheBlock]) -> list[KVCacheBlock] | None:
@@ -61,15 +53,17 @@ class Sharing:
         self._blocks.begin_on(request.request_id, ())
         size = self._blocks.block_size
         first = self._protected // size
-        if not self.takes_part(request) or len(exact) < first:
+        options = self._sequences.options(request)
+        if not options.cache or len(exact) < first:
             return None
         most = request.num_tokens - 1  # the last one is computed, for its logits
-        options = self._sequences.options(request)
         limit = options.threshold_tokens
         # One that stays below the threshold would never be compacted.
         if limit is not None and request.num_tokens <= limit:
             return None
         chain = self._blocks.cache.chain(request.block_hashes, most, self._slots_of(options.ratio))
+        while not self._may_stand_on(chain, options.ratio):
+            chain = chain[:-1]
         if not chain:
             return None
         end = chain[-1].segment.end
@@ -87,7 +81,7 @@ class Sharing:
     def count(self, new: Iterable[Request]) -> None:
         """Count the requests that were admitted in this step, and what they have found."""
         for request in new:
-            if self.takes_part(request):
+            if self._sequences.options(request).cache:
                 segments = self._blocks.segments(request.request_id)
                 tokens = segments[-1].end - segments[0].start if segments else 0
                 self._journal.looked_up(request.request_id, tokens)
@@ -98,7 +92,8 @@ class Sharing:
         """Those of its text, where its next segment may be published."""
         state = self._blocks.compacted.get(request.request_id)
         shared = state is None or state.shared
-        return request.block_hashes if shared and self.takes_part(request) else None
+        takes_part = self._sequences.options(request).cache
+        return request.block_hashes if shared and takes_part else None
 
     def key(self, request: Request, span: Span | Segment) -> BlockHash | None:
         """What a span would be published under; None where it would not be."""
@@ -108,18 +103,19 @@ class Sharing:
         parent = self._parent(request)
         return self._blocks.cache.key(parent, hashes, span.start, span.end, span.slots)
 
-    def adopt(self, request: Request, span: Span) -> bool:
+    def adopt(self, request: Request, computed: int) -> bool:
         """Let a sequence take a living entry in place of the fit that it is due for.
 
         Args:
-            span: that is due; the entry may be shorter.
+            computed: tokens of it whose KV is certain.
         """
         hashes = self.hashes(request)
         if hashes is None:
             return False
-        slots_of = self._slots_of(self._sequences.options(request).ratio)
-        entry = self._blocks.cache.find(self._parent(request), hashes, span.end, slots_of)
-        if entry is None:
+        ratio = self._sequences.options(request).ratio
+        parent = self._parent(request)
+        entry = self._blocks.cache.find(parent, hashes, computed, self._slots_of(ratio))
+        if entry is None or not self._may_stand_on((*self._entries(request), entry), ratio):
             return False
         held = self._blocks.held_blocks(request.request_id)
         self._blocks.adopt(request.request_id, entry)
@@ -132,26 +128,45 @@ class Sharing:
         self,
         request: Request,
         span: Span,
+        computed: int,
         others: Iterable[tuple[BlockHash | None, Span | Segment]],
     ) -> bool:
         """Whether an entry that it could adopt is being made for another sequence.
 
         Args:
+            span: that it is due for.
+            computed: tokens of it whose KV is certain.
             others: spans that are being compacted, with what they will be published under.
         """
         slots_of = self._slots_of(self._sequences.options(request).ratio)
         return any(
             key is not None
-            and other.start == span.start < other.end <= span.end
+            and other.start == span.start < other.end <= computed
             and other.slots == slots_of(other.end - other.start)
             and key == self.key(request, other)
             for key, other in others
         )
 
+    def _entries(self, request: Request) -> Sequence[Entry]:
+        """Those that it stands on."""
+        state = self._blocks.compacted.get(request.request_id)
+        return () if state is None else state.entries
+
     def _parent(self, request: Request) -> Entry | None:
         """The entry that its next segment would stand on."""
-        state = self._blocks.compacted.get(request.request_id)
-        return None if state is None else state.tip
+        entries = self._entries(request)
+        return entries[-1] if entries else None
+
+    def _may_stand_on(self, chain: Sequence[Entry], ratio: float) -> bool:
+        """Whether a chain takes no more blocks than any sequence of its length is counted with.
+
+        Others may have cut the same text into shorter spans, each of which fills up a block.
+        """
+        if len(chain) < 2:
+            return True
+        tokens = chain[-1].segment.end - chain[0].segment.start
+        blocks = sum(len(entry.blocks) for entry in chain)
+        return blocks <= self._planner.compacted_blocks(tokens, ratio)
 
     def _slots_of(self, ratio: float) -> Callable[[int], int]:
         return lambda tokens: self._planner.span_slots(tokens, ratio)
