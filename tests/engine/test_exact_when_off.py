@@ -22,23 +22,26 @@ def _logged(engine, prompt, name):
     return engine.outputs[f"{name}0"], engine.likely[f"{name}0"]
 
 
+@pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
-def test_museum_23_off_equals_a_cold_engine(tiny_model, force_async):
+def test_museum_23_off_equals_a_cold_engine(tiny_model, force_async, cache):
     """A conversation whose answers were computed over its compacted beginning: its last prompt,
     which was not, is found in the cache, and the answer behind it is not."""
     rng = random.Random(3)
     prompt = random_prompt(rng, 700)
     history = prompt
-    with driver.start(tiny_model, OPTIONS, force_async, max_num_batched_tokens=512) as engine:
+    options = {**OPTIONS, "cache": cache}
+    with driver.start(tiny_model, options, force_async, max_num_batched_tokens=512) as engine:
         for turn in range(3):
-            exact = len(history)
+            if turn == 0 or cache == "off":  # else it begins on a compacted prefix
+                exact = len(history)
             engine.run([Ask(history, 150)], names=f"turn-{turn}-")
             history = (*history, *engine.outputs[f"turn-{turn}-0"], *random_prompt(rng, 40))
         assert engine.totals.compactions >= 3
         warm = _logged(engine, history, "warm-")
         cached = engine.cached_tokens["warm-0"]
         assert exact // BLOCK * BLOCK <= cached <= exact + BLOCK
-    with driver.start(tiny_model, OPTIONS, force_async, max_num_batched_tokens=512) as engine:
+    with driver.start(tiny_model, options, force_async, max_num_batched_tokens=512) as engine:
         cold = _logged(engine, history, "cold-")
     assert warm[0] == cold[0]
     for found, expected in zip(warm[1], cold[1], strict=True):
@@ -55,7 +58,8 @@ def test_chunks_that_were_read_over_compacted_ones(tiny_model):
         filed = [block for block in engine.pool.blocks if block.block_hash is not None]
         ends.update(block._block_hash_num_tokens for block in filed)
 
-    with driver.start(tiny_model, {"ratio": 0.1, "threshold": 320}, **small) as engine:
+    options = {"ratio": 0.1, "threshold": 320, "cache": "off"}
+    with driver.start(tiny_model, options, **small) as engine:
         engine.before_step = watch
         engine.run([Ask(prompt, 4)])
         assert engine.totals.compactions >= 5

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[dict, object]] = {
     "max_span_tokens": (BASE, 320),
     "merge_slots": ({**BASE, "max_span_tokens": 320}, 200),
     "layer_tokens_per_step": (BASE, 1024),
-    "cache": (BASE, "on"),
+    "cache": (BASE, "off"),
 }
 
 

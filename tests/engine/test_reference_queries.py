@@ -132,7 +132,7 @@ def test_queries_are_those_of_the_text_behind_the_context(tiny_model):
         collect(engine, "pass")
         engine.run([Ask(prompt, 20)])
     whole = (*prompt[:end], *instruction, *repeated)
-    with driver.start(tiny_model, exact) as engine:
+    with driver.start(tiny_model, {**exact, "cache": "off"}) as engine:
         collect(engine, "prompt")
         engine.run([Ask(whole, 4)])
     wanted = len(instruction) + len(repeated)

@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.engine]
 #: No upper limit on sampled queries but the tokens themselves: fits repeat exactly.
 EXACT_SAMPLING = {"query_pool_share": 1.0}
 QUARTER = {"ratio": 0.25, "threshold": 160, "recent_tokens": 16, **EXACT_SAMPLING}
+#: Nothing compacted is shared.
+OWN_QUARTER = {**QUARTER, "cache": "off"}
 OFF = {"kv_compaction": "off"}
 
 
@@ -112,7 +114,7 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
     asks = [Ask(prefix + random_prompt(rng, 20), 8, arrives=60 * i) for i in range(2)]
     sampled = []
 
-    with driver.start(tiny_model, QUARTER) as engine:
+    with driver.start(tiny_model, OWN_QUARTER) as engine:
         queries = engine.scheduler.compaction.queries
         choose = queries.choose
 
@@ -161,7 +163,7 @@ def test_block_counts_with_a_shared_prefix(tiny_model, copies):
         assert engine.used_blocks == expected(engine)
         mixed_counts.add((len(engine.scheduler.running), engine.totals.compactions))
 
-    with driver.start(tiny_model, QUARTER) as engine:
+    with driver.start(tiny_model, OWN_QUARTER) as engine:
         engine.before_step = watch
         engine.run(asks)
         assert engine.totals.compactions == copies
@@ -175,7 +177,7 @@ def test_museum_16_same_prompt_many_times(tiny_model):
     from vllm import SamplingParams
 
     prompt = {"prompt_token_ids": list(random_prompt(random.Random(8), 600))}
-    with driver.start(tiny_model, QUARTER) as engine:
+    with driver.start(tiny_model, OWN_QUARTER) as engine:
         params = SamplingParams(
             n=4, temperature=1.0, seed=1, max_tokens=12, ignore_eos=True, detokenize=False
         )

@@ -71,13 +71,9 @@ class Footprint:
     def compacted_blocks(self, tokens: int, ratio: float) -> int:
         """Most blocks that ``tokens`` compacted tokens occupy, in spans of any length they have.
 
-        A common prefix is half of the span that was due, or more; a marked one may be any part.
+        One of them may end before its time, with a text that other sequences have, too.
         """
-        shortest = self.shortest_span(ratio)
-        if self.shares:
-            half = ceil_div(shortest // 2, self.block_size) * self.block_size
-            shortest = max(self.shortest_prefix(ratio), half)
-        lengths = range(shortest, self.longest_span + 1, self.block_size)
+        lengths = range(self.shortest_span(ratio), self.longest_span + 1, self.block_size)
         most_per_token = max(self.span_blocks(n, ratio) / n for n in lengths)
         return math.ceil(most_per_token * tokens) + self.shares
 

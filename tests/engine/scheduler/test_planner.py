@@ -134,6 +134,7 @@ def test_compacted_blocks_bound_what_common_prefixes_take(commons, ratio, thresh
         computed = end + planner.shortest_span(ratio) + planner.recent_tokens + 400 * number
         marked = common if number == 0 else 0
         sequence = ends(computed, marked, common // SIZE * SIZE, end=end, ratio=ratio, limit=limit)
+        sequence = dataclasses.replace(sequence, compacted_blocks=blocks)
         span = planner.next_span(sequence, 10_000)
         if span is not None:
             blocks += ceil_div(span.slots, SIZE)

@@ -33,6 +33,8 @@ class SequenceView:
     ratio: float
     threshold_tokens: int | None
     """The request's own threshold, or the engine's; None when that is a share of the pool."""
+    compacted_blocks: int = 0
+    """That its segments occupy."""
     marked_end: int = 0
     """Where the prefix ends that the request says others have, in whole blocks; 0: nothing said."""
     common_end: Callable[[], int] = int
@@ -192,7 +194,15 @@ class Planner(Footprint):
         start = sequence.compacted_end
         end = (sequence.computed - self.recent_tokens) // self.block_size * self.block_size
         least = start + self.shortest_prefix(sequence.ratio)
-        if sequence.marked_end:
-            return sequence.marked_end if least <= sequence.marked_end <= sequence.computed else end
-        common = sequence.common_end() if end >= least else 0
-        return common if max(least, (start + end) // 2) <= common < end else end
+        if shared := sequence.marked_end:
+            there = least <= shared <= sequence.computed
+        else:
+            shared = sequence.common_end() if end >= least else 0
+            there = max(least, (start + end) // 2) <= shared < end
+        return shared if there and self._may_end(sequence, shared) else end
+
+    def _may_end(self, sequence: SequenceView, end: int) -> bool:
+        """Whether a span that ends there leaves the sequence within what it is counted with."""
+        blocks = self.span_blocks(end - sequence.compacted_end, sequence.ratio)
+        most = self.compacted_blocks(end - self.protected_tokens, sequence.ratio)
+        return sequence.compacted_blocks + blocks <= most

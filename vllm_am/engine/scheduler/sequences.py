@@ -126,6 +126,7 @@ class Sequences:
             exact_tokens=computed - end + protected,
             ratio=options.ratio,
             threshold_tokens=options.threshold_tokens,
+            compacted_blocks=sum(len(s.block_ids) for s in segments),
             marked_end=options.marked_end,
             common_end=partial(self._common_end, request) if options.cache else int,
         )
