@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_am.compaction.pages import PagedKV
 
 #: Query rows attended at once: bounds the mask and score matrices of long prefill chunks.
-QUERY_CHUNK = 1024
+QUERY_CHUNK = 256
 #: Keys and values gathered at once, unless a single sequence has more: they should still be in the
 #: cache when they are attended to.
 GATHERED_BYTES = 4 << 20
@@ -169,16 +169,22 @@ def attend_pages(
     keys = keys.flatten(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
     values = values.flatten(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
     parts = []
+    alone = count == 1 and not rows.compacted
     for first in range(0, new, QUERY_CHUNK):
         last = min(new, first + QUERY_CHUNK)
-        mask = _mask(kv, rows, layer, first, last, entries.shape[2], dtype)
+        # Nobody sees what comes behind the chunk: of a whole prompt that is half of the work.
+        visible = int(rows.live_tokens[0]) - new + last if alone else slots
+        mask = _mask(kv, rows, layer, first, last, visible, dtype)
         assert mask is not None
         if count == 1 and mask.shape[1] == 1:
             mask = mask.view(1, 1, last - first, -1)
         else:
             mask = mask.expand(-1, heads, -1, -1).flatten(0, 1).unsqueeze(1)
-        chunk = grouped[:, :, first:last]
-        parts.append(F.scaled_dot_product_attention(chunk, keys, values, mask, scale=scale))
+        chunk, seen = grouped[:, :, first:last], slice(visible)
+        out = F.scaled_dot_product_attention(
+            chunk, keys[:, :, seen], values[:, :, seen], mask, scale=scale
+        )
+        parts.append(out)
     out = torch.cat(parts, dim=2).unflatten(0, (count, heads))
     return out.permute(0, 3, 1, 2, 4).reshape(queries.shape).to(queries.dtype)
 

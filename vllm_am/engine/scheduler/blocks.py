@@ -139,20 +139,25 @@ class CompactingManager(FullAttentionManager):
         else:
             state.add(entry)
             self._attached[request_id].append(entry.segment_id)
-        self._leave_out(request_id, segment)
+        self._leave_out(request_id, segment, published=entry is not None)
         return entry is not None
 
-    def _leave_out(self, request_id: str, segment: Segment) -> None:
-        """The sequence gives up the exact blocks of a segment's tokens."""
+    def _leave_out(self, request_id: str, segment: Segment, published: bool) -> None:
+        """The sequence gives up the exact blocks of a segment's tokens.
+
+        Who begins with a published one has no use for them.
+        """
         blocks = self.req_to_blocks[request_id]
         first, last = segment.start // self.block_size, segment.end // self.block_size
         exact, blocks[first:last] = blocks[first:last], [self._null_block] * (last - first)
         self.block_pool.free_blocks(reversed(exact))
+        if published:
+            self.cache.hand_out_first([block for block in exact if block.ref_cnt == 0])
 
     def adopt(self, request_id: str, entry: Entry) -> None:
         """A running sequence takes a published segment in place of its own tokens' blocks."""
         self._attach(request_id, entry)
-        self._leave_out(request_id, entry.segment)
+        self._leave_out(request_id, entry.segment, published=True)
 
     def _attach(self, request_id: str, entry: Entry) -> None:
         self.block_pool.touch(entry.blocks)

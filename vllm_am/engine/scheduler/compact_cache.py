@@ -219,6 +219,14 @@ class CompactCache:
             else:
                 return
 
+    # -- the order in which free blocks are handed out -------------------------------------------
+
+    def hand_out_first(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Free blocks that are of less use than all others, whatever was used last."""
+        for block in blocks:
+            self._pool.free_block_queue.remove(block)
+        self._pool.free_block_queue.prepend_n(list(blocks))
+
     # -- what is there ---------------------------------------------------------------------------
 
     def entries(self) -> Iterator[Entry]:

@@ -21,6 +21,9 @@ from vllm_am.engine.scheduler.query_sources import select, shifts_behind, thin
 #: Positions at the end of a prompt that are always sampled: the question, where there is one.
 PROMPT_TAIL_POSITIONS = 64
 
+#: Share of its regular sample that is good enough for a segment that others will attend to.
+REGULAR_SHARE = 0.5
+
 #: Sampled positions that random queries take their size from.
 RANDOM_LIKE_POSITIONS = 256
 
@@ -127,6 +130,15 @@ class ReferenceQueries:
         if not self._config.rotates_context:
             return np.zeros_like(slots)
         return shifts_behind(self._pool.positions[slots], span.end)
+
+    def suffice_within(self, span: Span, rate: float) -> bool:
+        """Whether a span can be fitted to the regular sample of itself alone; see :meth:`choose`.
+
+        That is there, or is most of what there is: in a full pool all samples are thinned alike.
+        """
+        positions = len(self._context(span, rate))
+        could = min(rate * (span.end - span.start), len(self._context(span)))
+        return positions > 0 and positions >= REGULAR_SHARE * could
 
     def _context(self, span: Span, shared_rate: float | None = None) -> np.ndarray:
         """All queries sampled so far at or after the start of the span.

@@ -229,11 +229,17 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _key(self, span: Span, passes: Sequence[str] = ()) -> BlockHash | None:
         """What a span is going to be published under; None where its segment stays private.
 
-        One that is fitted without all of its passes is good enough for its own sequence only.
+        One that is fitted without all of its passes, or of whose queries most are missing (its
+        blocks were computed for others, whose queries had to go), is good enough for its own
+        sequence only.
         """
         if self.falls_short(span, on_policy=bool(passes)):
             return None
-        return self.compaction.sharing.key(self.requests[span.request_id], span)
+        request = self.requests[span.request_id]
+        rate = self.compaction.sequences.options(request).sample_rate
+        if not self.compaction.queries.suffice_within(span, rate):
+            return None
+        return self.compaction.sharing.key(request, span)
 
     def _start_job(self, span: Span, merges: bool, passes: Sequence[str] = ()) -> Job | None:
         """Start a compaction, if there is room for it now.
