@@ -281,6 +281,44 @@ def test_a_reset_forgets_them(tiny_model):
         assert len(list(engine.scheduler.compaction.blocks.cache.entries())) == 1
 
 
+def test_an_entry_outlasts_exact_blocks_that_were_used_later(tiny_model):
+    """Unused, it stays while the pool is handed out several times over; used, again so long."""
+    rng = random.Random(20)
+    first, later = questions(rng, 2)
+    small = {"num_gpu_blocks_override": 65, "max_model_len": 1024}
+
+    def others(engine, count, name):
+        """Exact prompts of 20 blocks each, one after the other: three fill the pool."""
+        asks = [Ask(random_prompt(rng, 640), 2, OFF, 4 * i) for i in range(count)]
+        engine.run(asks, names=name)
+
+    with driver.start(tiny_model, OPTIONS, **small) as engine:
+        engine.run([first], names="first-")
+        for turn in range(2):
+            others(engine, 9, f"between-{turn}-")
+            engine.run([later], names=f"later-{turn}-")
+            assert engine.totals.compactions == 1
+            assert engine.totals.cache_hits == turn + 1
+        others(engine, 30, "long-")
+        engine.run([later], names="last-")
+        assert engine.totals.compactions == 2, "it is not kept for ever"
+
+
+def test_exact_blocks_of_a_compacted_text_go_first(tiny_model):
+    """Nobody begins with them any more; what was used before is still there."""
+    rng = random.Random(21)
+    other = Ask(random_prompt(rng, 320), 2, OFF)
+    with driver.start(
+        tiny_model, OPTIONS, num_gpu_blocks_override=65, max_model_len=1024
+    ) as engine:
+        engine.run([other], names="other-")
+        for ask in questions(rng, 3, every=0):
+            engine.run([Ask((*random_prompt(rng, 320), *ask.prompt[320:]), 4)], names="new-")
+        engine.run([other], names="again-")
+        assert engine.totals.compactions == 3
+        assert engine.cached_tokens["again-0"] >= 288
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "force_async"), [(65, False), (49, True)], ids=["sync", "async"]

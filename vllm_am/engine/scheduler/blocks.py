@@ -24,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_am.engine.messages import Attachment, Segment
-from vllm_am.engine.scheduler.compact_cache import CompactCache, Entry
+from vllm_am.engine.scheduler.compact_cache import CHANCES, CompactCache, Entry
 from vllm_am.engine.scheduler.planner import Span
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class CompactingManager(FullAttentionManager):
         count = cdiv(span.slots, self.block_size)
         if count > self.block_pool.get_num_free_blocks():
             return None
+        self.cache.give_chances(count)
         target = self.block_pool.get_new_blocks(count)
         self.targets[job_id] = target
         segment = Segment(span.start, span.end, span.slots, tuple(b.block_id for b in target))
@@ -129,7 +130,9 @@ class CompactingManager(FullAttentionManager):
         target = self.targets.pop(job_id)
         entry = None
         if hashes is not None and state.shared:
-            entry = self.cache.publish(state.tip, hashes, segment, job_id, target)
+            before = self.req_to_blocks[request_id][: segment.start // self.block_size]
+            before = [] if state.tip else before
+            entry = self.cache.publish(state.tip, hashes, segment, job_id, target, before)
         if entry is None:
             state.segments.append(segment)
             state.blocks.extend(target)
@@ -161,6 +164,7 @@ class CompactingManager(FullAttentionManager):
 
     def _attach(self, request_id: str, entry: Entry) -> None:
         self.block_pool.touch(entry.blocks)
+        entry.chances = CHANCES
         self.compacted.setdefault(request_id, CompactedBlocks()).add(entry)
         self._attached[request_id].append(entry.segment_id)
 
@@ -210,6 +214,17 @@ class CompactingManager(FullAttentionManager):
         super().add_local_computed_blocks(request_id, *args, **kwargs)
         for entry in self._found.pop(request_id, ()):
             self._attach(request_id, entry)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> list[KVCacheBlock]:
+        """Others before those of entries."""
+        held = len(self.req_to_blocks[request_id])
+        self.cache.give_chances(max(0, cdiv(num_tokens, self.block_size) - held))
+        allocated: list[KVCacheBlock] = super().allocate_new_blocks(
+            request_id, num_tokens, *args, **kwargs
+        )
+        return allocated
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """What is computed over entries is found by sequences that stand on the same ones."""

@@ -5,14 +5,18 @@ onwards: the first ones start behind the protected tokens, every other where its
 they form a tree, of which a sequence stands on a chain.
 
 An entry's blocks are ordinary cached blocks of vLLM's pool, under keys of their own. So reference
-counts, LRU eviction and ``reset_prefix_cache`` are vLLM's: what nobody uses is free, handed out in
-the pool's own order, and gone when the first of its blocks has lost its key.
+counts, eviction and ``reset_prefix_cache`` are vLLM's: what nobody uses is free, and gone when the
+first of its blocks has been handed out and lost its key. The order is that of the last use, with
+two exceptions. A block of an entry stands for as much text as many others, and costs a fit to make
+again: an entry that is next gets some more chances. And the exact blocks of its tokens, which
+nobody looks for any more, go before all others.
 
 vLLM's hash of the last block of a span covers every token up to there, the cache salt, the LoRA
 adapter and the images, so neither of these is asked for here.
 
-vLLM symbols touched: ``v1.core.block_pool.BlockPool`` (called), ``v1.core.kv_cache_utils``
-``KVCacheBlock.set_block_hash`` and ``make_block_hash_with_group_id`` (called).
+vLLM symbols touched: ``v1.core.block_pool.BlockPool`` (called), with its ``free_block_queue``
+(``v1.core.kv_cache_utils.FreeKVCacheBlockQueue``: walked from its head, blocks moved);
+``KVCacheBlock.set_block_hash`` and ``make_block_hash_with_group_id`` there (called).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -33,6 +38,9 @@ from vllm_am.engine.messages import Segment
 
 #: Steps after which entries that have lost a block are looked for.
 SWEEP_STEPS = 64
+#: How often an entry goes to the end of the queue of free blocks, once it has come to its front,
+#: before it is handed out; counted anew when it is used.
+CHANCES = 4
 
 
 def _digest(*parts: bytes | int) -> BlockHash:
@@ -58,6 +66,9 @@ class Entry:
     """What the workers know its page lists by."""
     blocks: tuple[KVCacheBlock, ...]
     block_keys: tuple[BlockHashWithGroupId, ...]
+    before: tuple[KVCacheBlock, ...] = ()
+    """Exact blocks in front of the first entry of a text, without which it is of no use."""
+    chances: int = CHANCES
     children: dict[BlockHash, Entry] = field(default_factory=dict)
 
     @property
@@ -65,6 +76,14 @@ class Entry:
         """Whether all its blocks, and those of all it stands on, still hold what they held."""
         own = all(b.block_hash == key for b, key in zip(self.blocks, self.block_keys, strict=True))
         return own and (self.parent is None or self.parent.alive)
+
+    @property
+    def chain(self) -> Iterator[Entry]:
+        """Itself, and all that it stands on."""
+        entry: Entry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.parent
 
 
 class CompactCache:
@@ -83,6 +102,7 @@ class CompactCache:
         self._roots: dict[BlockHash, Entry] = {}
         self._replaced: list[Entry] = []
         """Dead ones whose key another one has now."""
+        self._by_block: dict[BlockHashWithGroupId, Entry] = {}
         self._steps = 0
 
     def text(self, hashes: Sequence[BlockHash], end: int) -> BlockHash | None:
@@ -148,8 +168,13 @@ class CompactCache:
         segment: Segment,
         segment_id: int,
         blocks: Sequence[KVCacheBlock],
+        before: Sequence[KVCacheBlock],
     ) -> Entry | None:
-        """Make an entry of a segment; None where there is such an entry, or its parent is gone."""
+        """Make an entry of a segment; None where there is such an entry, or its parent is gone.
+
+        Args:
+            before: the exact blocks in front of it, where it has no parent.
+        """
         text = self.text(hashes, segment.end)
         if text is None or (parent is not None and not parent.alive):
             return None
@@ -163,9 +188,10 @@ class CompactCache:
             make_block_hash_with_group_id(_digest(b"block", key, i), self._group)
             for i in range(len(blocks))
         )
-        entry = Entry(key, parent, text, segment, segment_id, tuple(blocks), keys)
+        entry = Entry(key, parent, text, segment, segment_id, tuple(blocks), keys, tuple(before))
         for block, block_key in zip(blocks, keys, strict=True):
             self._file(block, block_key)
+            self._by_block[block_key] = entry
         siblings[key] = entry
         return entry
 
@@ -227,6 +253,40 @@ class CompactCache:
             self._pool.free_block_queue.remove(block)
         self._pool.free_block_queue.prepend_n(list(blocks))
 
+    def give_chances(self, count: int) -> None:
+        """So many blocks are about to be handed out: entries among them go to the end, if they may.
+
+        Each of them once: where there is little else, the longest unused are handed out.
+        """
+        given: set[int] = set()
+        while self._by_block:
+            front = islice(self._free_blocks(), count)
+            found = (self._by_block.get(b.block_hash) for b in front if b.block_hash is not None)
+            # A dead one's blocks are let go.
+            due = {e.segment_id: e for e in found if e is not None and e.chances and e.alive}
+            if not (fresh := [entry for number, entry in due.items() if number not in given]):
+                return
+            for entry in fresh:
+                entry.chances -= 1
+                self._hand_out_last(entry)
+            given |= due.keys()
+
+    def _free_blocks(self) -> Iterator[KVCacheBlock]:
+        """In the order in which they are handed out."""
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        while block is not None and block.next_free_block is not None:
+            yield block
+            block = block.next_free_block
+
+    def _hand_out_last(self, entry: Entry) -> None:
+        """With all that it stands on, which would be missed first."""
+        queue = self._pool.free_block_queue
+        chain = [block for each in entry.chain for block in (*each.blocks, *each.before)]
+        free = [block for block in chain if block.ref_cnt == 0]
+        for block in free:
+            queue.remove(block)
+        queue.append_n(free)
+
     # -- what is there ---------------------------------------------------------------------------
 
     def entries(self) -> Iterator[Entry]:
@@ -256,6 +316,10 @@ class CompactCache:
         self._replaced.clear()
         ids = {entry.segment_id for entry in dead}
         self._prune(ids)
+        for entry in dead:
+            for key in entry.block_keys:
+                if self._by_block.get(key) is entry:
+                    del self._by_block[key]
         # The blocks that a dead entry still has are of no use to anybody.
         self._pool.evict_blocks(
             {
