@@ -229,6 +229,7 @@ def main() -> None:
             result["reference_shortfalls"] = engine.totals.reference_shortfalls
             result["blocks_freed"] = engine.totals.blocks_freed
             result["merges"] = engine.totals.merges
+            result["shared"] = engine.totals.cache_hits + engine.totals.cache_adoptions
     print(json.dumps(result))
 
 

@@ -34,6 +34,7 @@ def test_museum_6_8_17_runner_v1(tiny_model, mixed, options, force_async):
         assert not engine.totals.failures
         assert engine.used_blocks == 0
         assert any(engine.cached_tokens.values()), "prefix caching is on and hits"
+        assert engine.totals.cache_hits + engine.totals.cache_adoptions > 0
     assert outputs == expected
 
 
@@ -56,6 +57,7 @@ def test_museum_6_8_17_runner_v2(tiny_model, mixed, force_async):
     )
     assert "gpu" in result["runner"] or "cpu.model_runner" in result["runner"]
     assert result["compactions"] >= 24 and not result["failures"]
+    assert result["shared"] > 0
     assert result["outputs"] == {k: v for k, v in expected.items() if int(k) < 64}
 
 
@@ -77,6 +79,7 @@ def test_parallel(tiny_model, mixed, options):
         )
     )
     assert result["compactions"] >= 24 and not result["failures"]
+    assert result["shared"] > 0
     assert result["outputs"] == {k: v for k, v in expected.items() if int(k) < 64}
 
 
