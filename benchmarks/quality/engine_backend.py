@@ -65,6 +65,7 @@ def run(
     mode: Mode,
     timeout: float = 3600,
     prefilled: int | None = None,
+    kv_gib: int = 1,
 ) -> list[Result]:
     """Serve the conversations at every ratio; None is the full cache.
 
@@ -72,6 +73,8 @@ def run(
         ratios: of all conversations, or of each of them.
         prefilled: tokens of each prompt that are read at once. The others are forced one by one,
             and compaction ends with them. None: all but the margin.
+        kv_gib: KV pool, in GiB; conversations that it cannot hold all are compacted as they are
+            read, in shorter spans.
 
     Raises:
         EngineError: the process failed.
@@ -86,7 +89,7 @@ def run(
         "prefilled": prefilled,
     }
     environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_LOGGING_LEVEL": "WARNING",
         **os.environ,
         # The scheduler's counts are read in this process.

@@ -38,6 +38,8 @@ CONTINUATION, PASSAGE, FACT = "continuation", "passages", "facts"
 CONTINUATION_TOKENS, CUE_TOKENS, PASSAGE_TOKENS = 96, 14, 40
 #: Where passages begin, in shares of the document.
 PASSAGES = (0.15, 0.45, 0.75)
+#: Room for all documents at once, and for the queries of all.
+KV_GIB = 4
 #: Draws of documents for the confidence intervals.
 BOOTSTRAP = 2000
 
@@ -229,7 +231,9 @@ def measure(
     for label, options in configurations.items():
         wanted: list[float | None] = list(ratios) if full else [None, *ratios]
         common = {"query_pool_share": 0.5}
-        results = engine_backend.run(model, {**common, **options}, wanted, documents, Mode.AFTER)
+        results = engine_backend.run(
+            model, {**common, **options}, wanted, documents, Mode.AFTER, kv_gib=KV_GIB
+        )
         for ratio, result in zip(wanted, results, strict=True):
             found = [known(d, s) for d, s in zip(documents, result.scores, strict=True)]
             if ratio is None:

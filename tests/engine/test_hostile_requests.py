@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.engine import driver
 from tests.engine.driver import Ask, random_prompt
+from vllm_am.config import RequestOverrides
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +23,6 @@ OPTIONS = {"ratio": 0.25, "threshold": 160, "recent_tokens": 16}
 BYSTANDERS = [Ask(random_prompt(random.Random(i), 40 + 300 * i), 10) for i in range(2)]
 HOSTILE_PROMPT = random_prompt(random.Random(9), 250)
 
-FIELDS = ("kv_compaction", "kv_compaction_ratio", "kv_compaction_threshold")
 scalars = (
     st.none()
     | st.booleans()
@@ -35,7 +35,7 @@ scalars = (
 )
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 keys = (
-    st.sampled_from(FIELDS)
+    st.sampled_from(RequestOverrides.FIELDS)
     | st.sampled_from(["kv-compaction", "KV_COMPACTION", "kv_compaction_", "kv_compaction_rati"])
     | st.text(max_size=12)
 )
@@ -87,6 +87,8 @@ def serve(engine, alone, extra_args, max_tokens=6) -> str:
         front_end.engine_core.add_request(request)
 
     engine.before_step = throw
+    # Bystanders begin as they did alone, and not on what they left behind the last time.
+    assert engine.scheduler.reset_prefix_cache()
     try:
         outputs = engine.run(BYSTANDERS, names=names)
     finally:
@@ -107,7 +109,7 @@ def serve(engine, alone, extra_args, max_tokens=6) -> str:
 @given(extra=st.dictionaries(keys, values, max_size=3))
 def test_arbitrary_options_past_all_front_ends(engine, alone, extra):
     """Right ones are served, wrong ones finished with an error: by the same rule as front ends'."""
-    from vllm_am.config import CompactionConfigError, RequestOverrides
+    from vllm_am.config import CompactionConfigError
 
     compaction = engine.scheduler.compaction
     try:
@@ -131,6 +133,10 @@ CASES = {
     "tiny-ratio": ({"kv_compaction_ratio": 1e-308}, "error"),
     "other-plugin": ({"mine": nested(50)}, "length"),
     "off": ({"kv_compaction": "off"}, "length"),
+    "prefix": ({"kv_compaction_prefix_tokens": 200}, "length"),
+    "longer-prefix": ({"kv_compaction_prefix_tokens": 2000}, "error"),
+    "huge-prefix": ({"kv_compaction_prefix_tokens": 10**400}, "error"),
+    "messages": ({"kv_compaction_prefix": "messages:1"}, "error"),
     "useless-threshold": ({"kv_compaction_threshold": 1}, "error"),
     "least-ratio": ({"kv_compaction_ratio": 1e-6}, "length"),
 }
