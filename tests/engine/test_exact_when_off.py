@@ -40,7 +40,9 @@ def test_museum_23_off_equals_a_cold_engine(tiny_model, force_async, cache):
         assert engine.totals.compactions >= 3
         warm = _logged(engine, history, "warm-")
         cached = engine.cached_tokens["warm-0"]
-        assert exact // BLOCK * BLOCK <= cached <= exact + BLOCK
+        assert cached <= exact + BLOCK
+        if cache == "off":  # else the exact blocks of what is compacted were the first to go
+            assert exact // BLOCK * BLOCK <= cached
     with driver.start(tiny_model, options, force_async, max_num_batched_tokens=512) as engine:
         cold = _logged(engine, history, "cold-")
     assert warm[0] == cold[0]

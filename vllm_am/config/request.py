@@ -56,8 +56,8 @@ class RequestOverrides:
                 raise CompactionConfigError(f"{switch}={shown(mode)}: expected 'on' or 'off'")
         if PREFIX_FIELD in extra_args:
             raise CompactionConfigError(
-                f"{PREFIX_FIELD}={shown(extra_args[PREFIX_FIELD])}: messages are counted for chat "
-                f"requests to an API server only; give {PREFIX_TOKENS_FIELD}"
+                f"{PREFIX_FIELD}={shown(extra_args[PREFIX_FIELD])}: expected in chat requests to "
+                f"an API server only, whose messages can be counted; give {PREFIX_TOKENS_FIELD}"
             )
         cache = extra_args.get("kv_compaction_cache")
         prefix = extra_args.get(PREFIX_TOKENS_FIELD)
