@@ -132,6 +132,22 @@ def test_prefix_hit_brings_the_queries_along(tiny_model):
         assert engine.totals.output_errors[1] == pytest.approx(engine.totals.output_errors[0], 0.2)
 
 
+def test_a_prefix_without_its_queries_is_computed_again(tiny_model):
+    """A fit without queries would lose nearly everything: only who stays exact begins on it."""
+    rng = random.Random(7)
+    prefix = random_prompt(rng, 640)
+    asks = [Ask(prefix + random_prompt(rng, 20), 8, extra) for extra in (OFF, None, OFF)]
+    with driver.start(tiny_model, OWN_QUARTER) as engine:
+        engine.run(asks[:1], names="first-")
+        engine.scheduler.compaction.query_pool.forget(range(engine.pool.num_gpu_blocks))
+        engine.run(asks[2:], names="exact-")
+        engine.scheduler.compaction.query_pool.forget(range(engine.pool.num_gpu_blocks))
+        engine.run(asks[1:2], names="compacted-")
+        assert engine.cached_tokens["exact-0"] == 640
+        assert engine.cached_tokens["compacted-0"] == 0
+        assert engine.totals.compactions == 1 and not engine.totals.failures
+
+
 @pytest.mark.parametrize("copies", [2, 4], ids=["prefix-hit", "n=4"])
 def test_block_counts_with_a_shared_prefix(tiny_model, copies):
     """Sequences on one cached prefix: its exact blocks are counted once while anyone holds them,

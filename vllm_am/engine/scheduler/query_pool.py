@@ -191,6 +191,10 @@ class QueryPool:
         """bool [n]: which of them a sample of this rate has, whatever else is always kept."""
         return self._priority[self.positions[slots]] < rate
 
+    def count(self, owner: Owner) -> int:
+        """Samples of an owner."""
+        return len(self._samples.get(owner, ()))
+
     def slots(self, owners: Iterable[Owner]) -> np.ndarray:
         """Slots of all samples of these owners, in position order; int64 [n]."""
         found: list[int] = []

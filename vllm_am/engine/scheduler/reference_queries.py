@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
@@ -23,6 +24,10 @@ PROMPT_TAIL_POSITIONS = 64
 
 #: Share of its regular sample that is good enough for a segment that others will attend to.
 REGULAR_SHARE = 0.5
+
+#: Share of their regular sample that cached blocks must still have for a sequence to begin on them
+#: that is going to be compacted.
+LEAST_SHARE = 1 / 8
 
 #: Sampled positions that random queries take their size from.
 RANDOM_LIKE_POSITIONS = 256
@@ -139,6 +144,22 @@ class ReferenceQueries:
         positions = len(self._context(span, rate))
         could = min(rate * (span.end - span.start), len(self._context(span)))
         return positions > 0 and positions >= REGULAR_SHARE * could
+
+    def blocks_with_queries(self, blocks: Sequence[KVCacheBlock], rate: float) -> int:
+        """How many leading blocks of a cached prefix still have queries to be compacted with.
+
+        Those of blocks that nobody uses are the first to go in a full pool. A fit without any
+        would lose nearly everything: better to compute the tokens once more.
+
+        Args:
+            rate: at which positions of the sequence are sampled.
+        """
+        if self._config.pass_fraction == 1:
+            return len(blocks)
+        found = np.cumsum([self._pool.count(block.block_id) for block in blocks])
+        regular = rate * self._limits.block_size * np.arange(1, len(blocks) + 1)
+        enough = np.flatnonzero(found >= LEAST_SHARE * regular)
+        return int(enough[-1]) + 1 if len(enough) else 0
 
     def _context(self, span: Span, shared_rate: float | None = None) -> np.ndarray:
         """All queries sampled so far at or after the start of the span.

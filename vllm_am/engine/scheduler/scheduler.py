@@ -278,7 +278,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     ) -> tuple[Any, int, int, bool]:
         """A request begins on compacted prefixes, where there are some.
 
-        A hit that leaves no room for the rest of the sequence is cut short.
+        A hit that leaves no room for the rest of the sequence is cut short, and so is one of whose
+        queries nothing is left, where the sequence is going to be compacted.
         """
         blocks, tokens, *others = super()._get_local_prefix_cache_hit(request, *limit)
         exact = blocks.blocks[self.compaction.blocks.kv_cache_group_id]
@@ -289,6 +290,13 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         options = self.compaction.sequences.options(request)
         if tokens and options.enabled:
             most = self.compaction.planner.longest_hit(request.num_tokens, options.ratio)
+            # By the share of the pool that is in use, it may never be compacted.
+            if (
+                options.threshold_tokens is not None
+                and request.num_tokens > options.threshold_tokens
+            ):
+                known = self.compaction.queries.blocks_with_queries(exact, options.sample_rate)
+                most = min(most, known * self.compaction.limits.block_size)
             if most < tokens:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 tokens = most

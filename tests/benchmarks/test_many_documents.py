@@ -1,0 +1,37 @@
+"""The benchmark of shared prefixes runs, and its shared answers stand on few compactions."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.engine.driver import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+
+def test_it_runs(tmp_path):
+    # The driver's variables are for engines in this process.
+    mine = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.many_documents", "many", "answers"),
+            *("--smoke", "--out", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key not in mine},
+        check=True,
+        timeout=500,
+    )
+    with (tmp_path / "many_documents.csv").open(newline="") as file:
+        stock, shared = csv.DictReader(file)
+    assert int(stock["compactions"]) == 0 and int(shared["compactions"]) == 2
+    assert (tmp_path / "many_documents.png").stat().st_size > 10_000
+    with (tmp_path / "many_documents_answers.csv").open(newline="") as file:
+        full, own, others = csv.DictReader(file)
+    assert int(own["compactions"]) > 1 and int(others["compactions"]) == 1
+    assert float(full["right"]) == 1.0 and float(others["right"]) >= 0.75
