@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 
-from benchmarks.serving import Server
+from benchmarks.serving import HOST, Server, free_port
 from tests.engine.driver import ROOT
+from tests.engine.ray_on_cpu import ray_cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -30,10 +33,37 @@ FLAGS = [
 #: Several engines on this machine, each on a core of its own where there are two.
 ENGINES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
-#: How each set-up is started, how many engines it has, how many API servers.
+
+@dataclass(frozen=True)
+class Setup:
+    """How ``vllm serve`` is started, and what of."""
+
+    flags: tuple[str, ...]
+    engines: int = 1
+    front_ends: int = 1
+    ray: bool = False
+    """Beside a Ray cluster."""
+    headless: tuple[str, ...] = ()
+    """Flags of a second ``vllm serve`` that has engines only, on another node as it were."""
+
+
+DATA_PARALLEL = ("--data-parallel-size", "2")
 SETUPS = {
-    "api-servers-2": (["--api-server-count", "2"], 1, 2),
-    "data-parallel-2": (["--data-parallel-size", "2"], 2, 2),
+    "api-servers-2": Setup(("--api-server-count", "2"), front_ends=2),
+    "data-parallel-2": Setup(DATA_PARALLEL, engines=2, front_ends=2),
+    "hybrid": Setup(
+        (*DATA_PARALLEL, "--data-parallel-hybrid-lb", "--data-parallel-size-local", "2"),
+        engines=2,
+        front_ends=2,
+    ),
+    "headless": Setup(
+        (*DATA_PARALLEL, "--data-parallel-size-local", "1"),
+        engines=2,
+        headless=("--headless", "--data-parallel-start-rank", "1"),
+    ),
+    "ray": Setup(
+        ("--tensor-parallel-size", "2", "--distributed-executor-backend", "ray"), ray=True
+    ),
 }
 
 WRONG = {
@@ -60,16 +90,25 @@ LOGS_WHAT_IT_REFUSES = "/v1/messages"
 
 
 @pytest.fixture(scope="module", params=SETUPS)
-def served(request, tmp_path_factory) -> Iterator[tuple[Server, int, int]]:
-    flags, engines, front_ends = SETUPS[request.param]
-    log = tmp_path_factory.mktemp(request.param) / "log"
-    with pytest.MonkeyPatch.context() as environment:
+def served(request, tmp_path_factory) -> Iterator[tuple[Server, Setup]]:
+    setup = SETUPS[request.param]
+    logs = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as environment, ExitStack() as stack:
         for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", *ENGINES):
             environment.delenv(name, raising=False)
-        with Server(str(MODEL), [*FLAGS, *flags], log, ENGINES) as server:
-            environment.undo()  # the server has its environment; other tests need theirs
-            server.wait_until_ready()
-            yield server, engines, front_ends
+        flags = [*FLAGS, *setup.flags]
+        if setup.ray:
+            for name, value in stack.enter_context(ray_cluster(ENGINES)).items():
+                environment.setenv(name, value)
+        if setup.headless:
+            flags += ["--data-parallel-address", HOST]
+            flags += ["--data-parallel-rpc-port", str(free_port())]
+            command = [*flags, *setup.headless]
+            stack.enter_context(Server(str(MODEL), command, logs / "headless", ENGINES))
+        server = stack.enter_context(Server(str(MODEL), flags, logs / "log", ENGINES))
+        environment.undo()  # the server has its environment; other tests need theirs
+        server.wait_until_ready()
+        yield server, setup
 
 
 def post(server: Server, path: str, **body: Any) -> httpx.Response:
@@ -83,11 +122,11 @@ def post(server: Server, path: str, **body: Any) -> httpx.Response:
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_museum_21_22_a_wrong_option_is_a_400_everywhere(served, path, wrong, stream):
     """Whichever API server takes it, and before it answers "200 OK" to a streaming client."""
-    server, _, front_ends = served
+    server, setup = served
     options, field = wrong
     body = ENDPOINTS[path]("What is it ?")
     lines = len(server.log.read_text(errors="replace").splitlines())
-    for _ in range(3 * front_ends):
+    for _ in range(3 * setup.front_ends):
         reply = post(server, path, **body, vllm_xargs=options, stream=stream)
         assert reply.status_code == 400, reply.text
         assert field in reply.text
@@ -98,7 +137,8 @@ def test_museum_21_22_a_wrong_option_is_a_400_everywhere(served, path, wrong, st
 
 
 def test_every_engine_compacts_and_is_counted(served):
-    server, engines, _ = served
+    server, setup = served
+    engines = setup.engines
     before = server.metrics()
     for number in range(6 * engines):
         prompt = [5 + (7 * i * i + number) % 300 for i in range(900)]
@@ -112,6 +152,6 @@ def test_every_engine_compacts_and_is_counted(served):
 
 
 def test_the_startup_line_is_said(served):
-    server, _, _ = served
+    server, _ = served
     lines = server.log_lines("KV compaction is on")
     assert lines and all(re.search(r"keeps 0\.1 of the KV \(10\.0x\)", line) for line in lines)
