@@ -7,6 +7,7 @@ runner V2, tensor or pipeline parallel) and prints its result as JSON on the las
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -129,15 +130,19 @@ def start(
     model: Path,
     kv_compaction: dict[str, Any] | None = None,
     force_async: bool = False,
+    at_ratio_one: bool = True,
     **options: Any,
 ) -> Iterator[Engine]:
     """Start an engine on the CPU; ``kv_compaction=None`` is stock vLLM.
 
     Args:
         force_async: run the async scheduler, which vLLM switches off on CPUs.
+        at_ratio_one: compact also where every key is kept, as nobody does that serves; what comes
+            out must then be what comes out without compaction.
     """
     from vllm_am import LLM
     from vllm_am.engine import capabilities
+    from vllm_am.engine.scheduler import sequences
 
     settings: dict[str, Any] = {
         "max_model_len": 2048,
@@ -159,9 +164,13 @@ def start(
         llm = LLM(str(model), kv_compaction=kv_compaction, **{**settings, **options})
     finally:
         capabilities.check = original
+    pointless = sequences.POINTLESS_RATIO
+    if at_ratio_one:
+        sequences.POINTLESS_RATIO = math.inf
     try:
         yield Engine(llm)
     finally:
+        sequences.POINTLESS_RATIO = pointless
         llm.llm_engine.engine_core.shutdown()
 
 

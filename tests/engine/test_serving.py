@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -370,6 +371,20 @@ def test_museum_4_state_ends_with_the_request(tiny_model, kind):
         assert {k: len(v) for k, v in outputs.items()} == {k: 40 for k in expected}
         # What came before the preemption stands.
         assert all(outputs[k][:8] == expected[k][:8] for k in expected)
+
+
+@pytest.mark.parametrize("ratio", ["engine", "request"])
+def test_a_ratio_of_one_does_no_work(tiny_model, mixed, ratio):
+    """Nothing is fitted, and the tokens are stock's. (Queries are kept as of every request: later
+    ones may begin with its blocks, at another ratio.)"""
+    asks, expected = mixed
+    options = {"ratio": 1.0 if ratio == "engine" else 0.1, "threshold": 128, "recent_tokens": 16}
+    if ratio == "request":
+        asks = [replace(ask, extra_args={"kv_compaction_ratio": "1x"}) for ask in asks]
+    with driver.start(tiny_model, options, at_ratio_one=False) as engine:
+        assert engine.run(asks) == expected
+        assert engine.totals.compactions == 0
+        assert not engine.totals.reference_tokens
 
 
 def test_preempted_in_identity_mode_equals_stock(tiny_model):

@@ -38,3 +38,8 @@ def test_a_ratio_that_is_not_reached_is(said):
 def test_no_block_size_is_advised_where_none_is_smaller(said):
     _, warning = said({"ratio": "50x", "threshold": 160}, block_size=16)
     assert "--block-size" not in warning
+
+
+def test_a_ratio_of_one_is_said_to_do_nothing(said):
+    _, warning = said({"ratio": 1, "threshold": 1024}, block_size=16)
+    assert "--kv-compaction-ratio 1 keeps everything" in warning

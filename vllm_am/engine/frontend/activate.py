@@ -88,6 +88,11 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         least,
         most,
     )
+    if ratio == 1:
+        logger.warning(
+            "KV compaction: --kv-compaction-ratio 1 keeps everything, so only requests that bring "
+            "a kv_compaction_ratio of their own are compacted"
+        )
     if least >= WORTH_SAYING / ratio:
         return
     smaller = [size for size in BLOCK_SIZES if size < limits.block_size]
