@@ -33,10 +33,13 @@ def registry(monkeypatch):
     return registry
 
 
-def config(additional_config=None):
+def config(additional_config=None, rope=None):
     return SimpleNamespace(
         additional_config={CONFIG_KEY: {}} if additional_config is None else additional_config,
-        model_config=SimpleNamespace(served_model_name="tiny"),
+        model_config=SimpleNamespace(
+            served_model_name="tiny",
+            hf_text_config=SimpleNamespace(rope_parameters=rope, num_hidden_layers=2),
+        ),
     )
 
 
@@ -90,6 +93,17 @@ def test_options_are_a_metric(metrics, registry):
     (sample,) = family.samples
     assert sample.value == 1 and sample.labels["ratio"] == "0.05"
     assert sample.labels["budgets"] == "uniform" and sample.labels["method"] == "highest-attention"
+
+
+@pytest.mark.parametrize(
+    ("rope", "queries"),
+    [({"rope_type": "default"}, "context-rotated"), (None, "context-prefill")],
+    ids=["rotates", "does-not"],
+)
+def test_the_queries_in_effect_are_a_label(metrics, registry, rope, queries):
+    metrics.CompactionMetrics(config(rope=rope), [0])
+    (family,) = [f for f in registry.collect() if f.name == "vllm:kv_compaction_info"]
+    assert family.samples[0].labels["queries"] == queries
 
 
 def test_reports_are_counted_by_engine(metrics, registry):

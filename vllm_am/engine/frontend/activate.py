@@ -29,6 +29,7 @@ from vllm_am.engine.classes import (
 from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
 from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.rotation import queries_in_effect, rotates
 
 logger = init_logger("vllm.kv_compaction")
 
@@ -71,13 +72,14 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
     least, most = limits.footprint.reached(ratio)
     logger.info(
         "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
-        "%d layers x %d KV heads, last %d and first %d tokens stay exact; in whole blocks of %d "
-        "compacted spans shrink by %.1fx to %.1fx (the custom scheduler class that vLLM warns of "
-        "is this plugin's)",
+        "queries %s, %d layers x %d KV heads, last %d and first %d tokens stay exact; in whole "
+        "blocks of %d compacted spans shrink by %.1fx to %.1fx (the custom "
+        "scheduler class that vLLM warns of is this plugin's)",
         limits.config.method,
         ratio,
         1 / ratio,
         limits.threshold,
+        _queries(limits.config, model.hf_text_config),
         model.get_total_num_hidden_layers()
         if hasattr(model, "get_total_num_hidden_layers")
         else limits.num_layers * vllm_config.parallel_config.pipeline_parallel_size,
@@ -106,6 +108,17 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         limits.block_size,
         f"--block-size {best} gives {gives[best]:.1f}x; or " if best else "",
     )
+
+
+def _queries(config: CompactionConfig, text_config: Any) -> str:
+    """What the reference queries are; a source that is what it says on other models only is named.
+
+    Not an error: it is the default, and the queries are the same, where they were computed.
+    """
+    said = queries_in_effect(config, text_config)
+    if "context-rotated" in config.query_fractions and not rotates(text_config):
+        said += " (the model has no rotary embedding by which context-rotated could move them)"
+    return said
 
 
 def install() -> None:

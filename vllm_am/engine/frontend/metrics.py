@@ -19,6 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_am.config import CONFIG_KEY, CompactionConfig
 from vllm_am.engine.messages import FAILURES
+from vllm_am.engine.rotation import queries_in_effect
 from vllm_am.engine.stats import CompactionStats, Holdings
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -118,7 +119,7 @@ class CompactionMetrics:
             )
             for field, (name, text) in _GAUGES.items()
         }
-        info = _info(CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY]))
+        info = _info(vllm_config)
         self._info = prometheus_client.Gauge(
             "vllm:kv_compaction_info",
             "Options of KV compaction, in the labels; always 1.",
@@ -158,15 +159,16 @@ class CompactionMetrics:
                 gauge.labels(*labels).set(getattr(stats.now, field))
 
 
-def _info(config: CompactionConfig) -> dict[str, str]:
+def _info(vllm_config: VllmConfig) -> dict[str, str]:
     """What tells one configuration from another, for a metric's labels."""
+    config = CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
     return {
         "version": version("vllm-am"),
         "method": config.method,
         "ratio": f"{config.ratio:g}",
         "threshold": str(config.threshold or "default"),
         "budgets": config.budgets if isinstance(config.budgets, str) else "file",
-        "queries": config.queries if isinstance(config.queries, str) else "mixture",
+        "queries": queries_in_effect(config, vllm_config.model_config.hf_text_config),
     }
 
 

@@ -17,6 +17,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_am.engine.rotation import has_rotation
+
 logger = init_logger("vllm.kv_compaction")
 
 
@@ -33,11 +35,9 @@ def rotaries(
 ) -> list[Rotary | None]:
     """By attention layer, one object for layers that rotate alike; None where queries are not
     rotated, or not in a way that is known."""
-    without = getattr(text_config, "no_rope_layers", None) or []  # 0: the layer has no rotation
     found: list[Rotary | None] = []
     for name in layer_names:
-        index = extract_layer_index(name)
-        skipped = index < len(without) and not without[index]
+        skipped = not has_rotation(text_config, extract_layer_index(name))
         module = None if skipped else _rotary_module(model, name)
         found.append(None if module is None else _rotary(module, device))
         if found[-1] is None and not skipped:
