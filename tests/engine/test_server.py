@@ -78,7 +78,8 @@ def test_compacts_with_the_worker_in_the_engines_process(server_with_its_worker_
 def test_startup_line_says_what_is_on(server):
     (line,) = server.log_lines("KV compaction is on")
     assert "attention matching (highest-attention)" in line
-    assert "keeps 0.1 of the KV (10.0x), threshold 512 tokens, 3 layers x 2 KV heads" in line
+    assert "keeps 0.1 of the KV (10.0x), threshold 512 tokens, queries context-rotated, " in line
+    assert "3 layers x 2 KV heads" in line
     assert "last 32 and first 32 tokens stay exact" in line
 
 
