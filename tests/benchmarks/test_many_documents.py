@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.engine.driver import ROOT
+from tests.engine.driver import ROOT, environment_of_servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 
 def test_it_runs(tmp_path):
-    # The driver's variables are for engines in this process.
-    mine = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.many_documents", "many", "answers"),
             *("--smoke", "--out", str(tmp_path)),
         ],
         cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if key not in mine},
+        env=environment_of_servers(),
         check=True,
         timeout=500,
     )

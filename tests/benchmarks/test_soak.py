@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.engine.driver import ROOT
+from tests.engine.driver import ROOT, environment_of_servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -17,12 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 @pytest.mark.parametrize("api_servers", ["1", "2"])
 def test_nothing_goes_wrong(tmp_path, api_servers):
     command = ("--seconds", "60", "--api-servers", api_servers, "--out", str(tmp_path))
-    # The driver's variables are for engines in this process.
-    mine = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", *command],
         cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if key not in mine},
+        env=environment_of_servers(),
         capture_output=True,
         text=True,
         timeout=500,

@@ -23,9 +23,16 @@ from benchmarks.gpu_suite.compiled import compiled_from_now_on
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+#: Of these, what is for engines in this process only: a server must not inherit it.
+OWN_VARIABLES = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")
 
 BLOCK = 32
 ROOT = Path(__file__).parents[2]
+
+
+def environment_of_servers() -> dict[str, str]:
+    """This process's environment, for one that starts ``vllm serve``."""
+    return {key: value for key, value in os.environ.items() if key not in OWN_VARIABLES}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from benchmarks.serving import HOST, Server, free_port
-from tests.engine.driver import ROOT
-from tests.engine.ray_on_cpu import ray_cluster
+from tests.engine.driver import OWN_VARIABLES, ROOT
+from tests.engine.ray_cluster import ray_cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -94,7 +94,7 @@ def served(request, tmp_path_factory) -> Iterator[tuple[Server, Setup]]:
     setup = SETUPS[request.param]
     logs = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as environment, ExitStack() as stack:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", *ENGINES):
+        for name in (*OWN_VARIABLES, *ENGINES):
             environment.delenv(name, raising=False)
         flags = [*FLAGS, *setup.flags]
         if setup.ray:

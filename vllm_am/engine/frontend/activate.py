@@ -29,7 +29,7 @@ from vllm_am.engine.classes import (
 from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
 from vllm_am.engine.limits import EngineLimits
-from vllm_am.engine.rotation import queries_in_effect, rotates
+from vllm_am.engine.rotation import queries_in_effect
 
 logger = init_logger("vllm.kv_compaction")
 
@@ -73,8 +73,8 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
     logger.info(
         "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
         "queries %s, %d layers x %d KV heads, last %d and first %d tokens stay exact; in whole "
-        "blocks of %d compacted spans shrink by %.1fx to %.1fx (the custom "
-        "scheduler class that vLLM warns of is this plugin's)",
+        "blocks of %d compacted spans shrink by %.1fx to %.1fx (the custom scheduler class "
+        "that vLLM warns of is this plugin's)",
         limits.config.method,
         ratio,
         1 / ratio,
@@ -116,7 +116,7 @@ def _queries(config: CompactionConfig, text_config: Any) -> str:
     Not an error: it is the default, and the queries are the same, where they were computed.
     """
     said = queries_in_effect(config, text_config)
-    if "context-rotated" in config.query_fractions and not rotates(text_config):
+    if "context-rotated" in config.query_fractions and "context-rotated" not in said:
         said += " (the model has no rotary embedding by which context-rotated could move them)"
     return said
 
