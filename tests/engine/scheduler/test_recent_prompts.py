@@ -55,6 +55,17 @@ def test_against_counting_prefixes(prompts, data):
     assert table.common(hashes(asked)) == (drops[-1] if drops else whole)
 
 
+@given(st.lists(st.text("abc", min_size=1, max_size=9), max_size=30), st.integers(20, 40))
+def test_places_lost_to_others_are_no_end_of_what_is_common(others, length):
+    """In a table so small that most blocks lose theirs."""
+    table = RecentPrompts(capacity=8)
+    prompt = "x" * length
+    table.add(hashes(prompt))
+    for other in others:
+        table.add(hashes(other))
+    assert table.common(hashes(prompt)) == 0
+
+
 def test_it_stays_small_and_forgets_the_oldest_in_a_place():
     table = RecentPrompts(capacity=64)
     for n in range(100):

@@ -49,6 +49,9 @@ class RecentPrompts:
         """
         names, places = self._places(hashes)
         counts = np.where(self._names[places] == names, self._counts[places], 0).astype(np.int64)
+        # Whoever has a block has those in front of it; a count that is lower there has lost its
+        # place to another block. And one prompt has them all: this one.
+        counts = np.maximum(np.maximum.accumulate(counts[::-1])[::-1], 1)
         drops = np.flatnonzero(counts[1:] < counts[:-1])
         if len(drops):
             return int(drops[-1]) + 1
