@@ -1,6 +1,6 @@
 """Hours of a server's life in minutes: everything that clients do, right and wrong, all at once.
 
-    python -m benchmarks.soak --seconds 600 --api-servers 1 --api-servers 2
+    python -m benchmarks.soak --seconds 600 --api-servers 1 --api-servers 2 --stock
 
 Requests of all lengths, many on a shared prefix, with options of their own, some of them wrong;
 clients that hang up. Among them *bystanders*: greedy requests with compaction off, whose answers
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from rich.progress import Progress
 
 from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.gpu_suite.report import Report, Row
-from benchmarks.serving import HOST, Server
+from benchmarks.serving import HOST, Server, ServerError
 
 MODEL = Path(__file__).parent / "recall" / "model"
 #: The pool holds three of the longest sequences.
@@ -47,6 +48,8 @@ COMPACTION = [
 ]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
+#: Kinds of processes.
+ENGINE, OTHERS = "engine", "front ends"
 #: Clients at a time, and the share of requests that are bystanders, wrong, given up.
 CLIENTS, BYSTANDERS, WRONG, ABORTED = 12, 0.2, 0.1, 0.2
 #: Options of the others.
@@ -68,6 +71,10 @@ NONSENSE: Sequence[dict[str, Any]] = (
 #: Resident memory of all processes may grow by so much over the last half of a life of so many
 #: seconds; a shorter one is all warm-up.
 GROWTH, GROWN_UP = 0.02, 300
+#: In MiB where that is more: what two median readings of the same server differ by.
+NOISE = 16
+#: Of the log of a server that does not answer any more.
+LAST_LINES = 200
 
 
 @dataclass(frozen=True)
@@ -104,12 +111,12 @@ def bystanders() -> list[Ask]:
     return [Ask(tokens(rng, 60 + 90 * i), 24, {"kv_compaction": "off"}) for i in range(8)]
 
 
-def next_ask(rng: random.Random, prefixes: Sequence[tuple[int, ...]]) -> Ask:
-    """What another client asks."""
+def next_ask(rng: random.Random, prefixes: Sequence[tuple[int, ...]], compacting: bool) -> Ask:
+    """What another client asks; of stock vLLM without options that are none there."""
     shared = rng.choice(prefixes)[: rng.choice([0, 0, 200, 700, 1200])]
     own = tokens(rng, rng.choice([5, 40, 300, LONGEST - len(shared) - 60]))
     wrong = rng.random() < WRONG
-    options = rng.choice(NONSENSE if wrong else RIGHT)
+    options = rng.choice(NONSENSE if wrong else RIGHT) if compacting else {}
     hangs_up = not wrong and rng.random() < ABORTED
     return Ask(
         shared + own,
@@ -130,8 +137,8 @@ class Life:
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
-    """Bytes of all processes, every few seconds."""
+    memory: list[dict[str, int]] = field(default_factory=list)
+    """Bytes by kind of process, every few seconds."""
 
     def fault(self, what: str) -> None:
         self.counts["faults"] += 1
@@ -199,7 +206,9 @@ async def one(client: httpx.AsyncClient, ask: Ask, expected: list[int] | None, l
                 life.fault("a bystander's answer is not stock vLLM's")
 
 
-async def load(port: int, seconds: float, seed: int, life: Life, known: Known) -> None:
+async def load(
+    port: int, seconds: float, seed: int, life: Life, known: Known, compacting: bool
+) -> None:
     """All clients, for so long."""
     rng = random.Random(seed)
     prefixes = [tokens(rng, 1300) for _ in range(3)]
@@ -212,18 +221,19 @@ async def load(port: int, seconds: float, seed: int, life: Life, known: Known) -
                 if own.random() < BYSTANDERS:
                     await one(client, *own.choice(known), life)
                 else:
-                    await one(client, next_ask(own, prefixes), None, life)
+                    await one(client, next_ask(own, prefixes, compacting), None, life)
 
     await asyncio.gather(*(client_of(number) for number in range(CLIENTS)))
 
 
-def memory_of(server: Server) -> int:
-    """Resident bytes of the server and of all its processes; shared pages count once for each."""
+def memory_of(server: Server) -> dict[str, int]:
+    """Resident bytes of the engine's processes and of the others; shared pages count for each."""
     root = psutil.Process(server.pid)
-    total = 0
+    total = {ENGINE: 0, OTHERS: 0}
     for process in [root, *root.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
+            title = " ".join(process.cmdline())
+            total[ENGINE if "EngineCore" in title else OTHERS] += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
     return total
@@ -250,6 +260,10 @@ AT_REST = (
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
+)
+#: The same of a server that compacts; and how many times it did.
+COMPACTIONS = "vllm:kv_compaction_compactions_total"
+OF_COMPACTION_AT_REST = (
     "vllm:kv_compaction_sequences",
     "vllm:kv_compaction_fits_running",
     "vllm:kv_compaction_slots_held",
@@ -257,7 +271,18 @@ AT_REST = (
 )
 
 
-async def live(server: Server, seconds: float, seed: int, known: Known) -> Life:
+def growth_of(memory: Sequence[int]) -> float:
+    """Bytes by which it grows over the last half, by the medians of that half's own halves.
+
+    Single readings would not do: a fit that happens to run adds its temporaries.
+    """
+    half = memory[len(memory) // 2 :]
+    middle = len(half) // 2
+    # The medians of the two halves are half of a half apart.
+    return 2 * (statistics.median(half[middle:]) - statistics.median(half[:middle]))
+
+
+async def live(server: Server, seconds: float, seed: int, known: Known, compacting: bool) -> Life:
     """Load a server for so long, watching its memory."""
     life = Life()
 
@@ -272,54 +297,65 @@ async def live(server: Server, seconds: float, seed: int, known: Known) -> Life:
 
     watcher = asyncio.create_task(watch())
     try:
-        await load(server.port, seconds, seed, life, known)
+        await load(server.port, seconds, seed, life, known, compacting)
     finally:
         watcher.cancel()
     return life
 
 
-def settle(server: Server, life: Life) -> None:
+def settle(server: Server, life: Life, compacting: bool) -> None:
     """Nothing may be held when the clients are gone: one last request lets the engine report."""
     ask = Ask(tokens(random.Random(2), 10), 2)
     held: dict[str, float] = {}
+    gauges = (*AT_REST, *(OF_COMPACTION_AT_REST if compacting else ()))
     for _ in range(20):
         url = f"http://{HOST}:{server.port}/v1/completions"
         httpx.post(url, json=ask.body(), timeout=60).raise_for_status()
         time.sleep(0.5)
         metrics = server.metrics()
-        held = {name: metrics.total(name) for name in AT_REST if metrics.total(name)}
+        held = {name: metrics.total(name) for name in gauges if metrics.total(name)}
         if not held:
             return
     life.fault(f"still held: {held}")
 
 
-def row_of(server: Server, life: Life, api_servers: int, seconds: float) -> Row:
+def row_of(server: Server, life: Life, api_servers: int, seconds: float, compacting: bool) -> Row:
     """The outcome, for the table."""
     metrics = server.metrics()
-    half, end = life.memory[len(life.memory) // 2], max(life.memory[-3:])
-    growth = end / half - 1
-    if growth > GROWTH and seconds >= GROWN_UP:
-        life.fault(f"memory grew by {growth:.1%} over the last half")
+    memory = [sum(reading.values()) for reading in life.memory]
+    end = statistics.median(memory[3 * len(memory) // 4 :])
+    growth = growth_of(memory)
+    limit = max(GROWTH * end, NOISE << 20)
+    if growth > limit and seconds >= GROWN_UP and compacting:
+        life.fault(f"memory grew by {growth / end:.1%} over the last half")
     for line in server.log_lines("ERROR")[:5]:
         life.fault(f"log: {line[:200]}")
     return {
+        "server": "compacting" if compacting else "stock",
         "API servers": api_servers,
         "seconds": seconds,
         **{
             name: life.counts[name]
             for name in ("answered", "tokens", "bystanders", "refused", "given up")
         },
-        "compactions": int(metrics.total("vllm:kv_compaction_compactions_total")),
+        "compactions": int(metrics.total(COMPACTIONS)) if compacting else 0,
         "preemptions": int(metrics.total("vllm:num_preemptions_total")),
-        "memory at half, MiB": half >> 20,
-        "memory at end, MiB": end >> 20,
+        "memory, MiB": round(end / 2**20),
+        "most, MiB": max(memory) >> 20,
+        "grown, MiB": round(growth / 2**20),
+        **{
+            f"of it {kind}": round(growth_of([reading[kind] for reading in life.memory]) / 2**20)
+            for kind in (ENGINE, OTHERS)
+        },
         "faults": life.counts["faults"],
     }
 
 
-def soak(api_servers: int, seconds: float, seed: int, known: Known) -> tuple[Row, Life]:
+def soak(
+    api_servers: int, seconds: float, seed: int, known: Known, compacting: bool
+) -> tuple[Row, Life]:
     """One server's life."""
-    flags = [*SERVER, *COMPACTION]
+    flags = [*SERVER, *(COMPACTION if compacting else ())]
     if api_servers > 1:
         flags += ["--api-server-count", str(api_servers)]
     with (
@@ -327,9 +363,14 @@ def soak(api_servers: int, seconds: float, seed: int, known: Known) -> tuple[Row
         Server(str(MODEL), flags, Path(folder, "log"), ENVIRONMENT) as server,
     ):
         server.wait_until_ready()
-        life = asyncio.run(live(server, seconds, seed, known))
-        settle(server, life)
-        return row_of(server, life, api_servers, seconds), life
+        life = asyncio.run(live(server, seconds, seed, known, compacting))
+        try:
+            settle(server, life, compacting)
+            return row_of(server, life, api_servers, seconds, compacting), life
+        except (httpx.HTTPError, ServerError):
+            # What it said last, before the folder goes.
+            typer.echo("\n".join(server.log.read_text().splitlines()[-LAST_LINES:]), err=True)
+            raise
 
 
 def main(
@@ -337,6 +378,9 @@ def main(
     api_servers: Annotated[
         list[int] | None, typer.Option(help="Number of API servers; may be given again.")
     ] = None,
+    stock: Annotated[
+        bool, typer.Option(help="First the same load on stock vLLM, for its memory.")
+    ] = False,
     seed: Annotated[int, typer.Option()] = 0,
     out: Folder = None,
     record: Record = False,
@@ -345,17 +389,21 @@ def main(
     folder, console = result_path(out, record), Console()
     known = stock_answers()
     rows, faults = [], []
-    for count in api_servers or [1]:
-        row, life = soak(count, seconds, seed, known)
+    counts = api_servers or [1]
+    for compacting, count in [*((False, n) for n in counts if stock), *((True, n) for n in counts)]:
+        row, life = soak(count, seconds, seed, known, compacting)
         rows.append(row)
-        faults += [f"{count} API servers: {what}" for what in life.faults]
+        faults += [f"{row['server']}, {count} API servers: {what}" for what in life.faults]
     notes = [
         f"{CLIENTS} clients at once; {BYSTANDERS:.0%} of their requests are bystanders (compaction "
         f"off, compared with stock vLLM token for token), of the others {WRONG:.0%} are wrong "
         f"(HTTP 400) and {ABORTED:.0%} given up; a pool of {BLOCKS - 1} blocks of {BLOCK} tokens.",
         "A fault is an answer that is not what was asked for, a gauge that is not back at zero, an "
-        f"ERROR line in the log, or memory that grew by more than {GROWTH:.0%} over the last half "
-        f"(of {GROWN_UP} seconds or more).",
+        f"ERROR line in the log, or memory that grew by more than {GROWTH:.0%} and {NOISE} MiB "
+        f"over the last half (of {GROWN_UP} seconds or more).",
+        "Resident memory of all processes, shared pages once for each: the median of the last "
+        "quarter, the most at any time, and by how much the last half grew, by the medians of its "
+        "own halves.",
         *faults,
     ]
     Report("soak", "A server's life under everything that clients do", rows, notes).write(folder)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -25,8 +25,14 @@ from benchmarks.quality.query_sources import Queries, QuerySources
 from benchmarks.recall.model import RecallModel, load
 from vllm_am.compaction import CompactedKV, compact, evaluate_fit
 from vllm_am.compaction.budgets import GLOBAL_SCORE, global_pages, pages_by_shares
+from vllm_am.compaction.copying_heads import (
+    COPIED_TOKENS,
+    copying_scores,
+    head_weights,
+    tokens_to_copy,
+)
 from vllm_am.compaction.statistics import attention_statistics
-from vllm_am.config import CompactionConfig, parse_budgets
+from vllm_am.config import BY_SCORES, CompactionConfig, parse_budgets
 
 _DEFAULTS = CompactionConfig()
 
@@ -161,8 +167,9 @@ def run(reading: Reading, options: TensorOptions, block_size: int) -> Outcome:
     heads_per_layer = reading.model.config.num_key_value_heads
 
     started = time.process_time()
+    weights = copying_weights(reading.model) if options.budgets == "auto" else None
     pages = divide_pages(
-        options.budgets, keys, values, queries, scale, target, block_size, heads_per_layer
+        options.budgets, keys, values, queries, scale, target, block_size, heads_per_layer, weights
     )
     budget = (pages * block_size).clamp(max=end - start)
     compacted = compact(
@@ -202,27 +209,39 @@ def divide_pages(
     blocks: int,
     block_size: int,
     heads_per_layer: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Pages of each head, int64 [H]; their sum is the pages of ``blocks`` blocks.
 
     Args:
-        budgets: "uniform", "global", or shares by head as in a budgets file.
+        budgets: "uniform", "global", "auto", or shares by head as in a budgets file.
         keys, values: [H, T, E]; queries: [H, N, E].
+        weights: [H], of the heads' scores ("auto").
     """
     heads, tokens, _ = keys.shape
     total = blocks * heads
     if budgets == "uniform" or blocks * block_size >= tokens:
         return torch.full((heads,), blocks)
-    if budgets == "global":
+    if budgets in BY_SCORES:
         norms = (GLOBAL_SCORE,)
         scores = attention_statistics(keys, values, queries, scale=scale, norms=norms).scores
-        return global_pages(scores[GLOBAL_SCORE], total, block_size)
+        return global_pages(scores[GLOBAL_SCORE], total, block_size, weights)
     if isinstance(budgets, str):
         raise ValueError(f"budgets: unknown {budgets!r}")
     names = (f"L{h // heads_per_layer}H{h % heads_per_layer}" for h in range(heads))
     mean = sum(budgets.values()) / len(budgets)  # for heads that the file leaves out
     shares = torch.tensor([budgets.get(name, mean) for name in names])
     return pages_by_shares(shares, total, math.ceil(tokens / block_size))
+
+
+@cache
+def copying_weights(model: RecallModel) -> Tensor:
+    """What the scores of each head count for, as the engine's workers find it out; float64 [H]."""
+    config = model.config
+    first, *copied = tokens_to_copy(config.vocab_size, 1 + 2 * COPIED_TOKENS, None)
+    read = extend(model, empty_prefix(model), torch.tensor([[first, *copied, *copied]]))
+    second = read.queries[:, :, -len(copied) :]
+    return head_weights(copying_scores(second, read.keys.squeeze(1), config.head_dim**-0.5))
 
 
 def replace_span(prefix: Prefix, span: slice, compacted: CompactedKV) -> Prefix:

@@ -237,6 +237,9 @@ def main() -> None:
             context = worker.vllm_config.compilation_config.static_forward_context
             backends = {x.attn_backend for x in context.values() if hasattr(x, "attn_backend")}
             result["runner"] = type(worker.model_runner).__module__
+            if getattr(worker, "_compaction", None) is not None:
+                weights = worker._compaction.fitting.head_weights
+                result["head_weights"] = None if weights is None else weights.tolist()
             result["backends"] = sorted(backend.__name__ for backend in backends)
         if hasattr(engine.scheduler, "compaction"):
             result["compactions"] = engine.totals.compactions

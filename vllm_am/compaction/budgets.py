@@ -76,21 +76,27 @@ def pages_by_shares(shares: Tensor, total: int, most: int, least: int = 0) -> Te
     return pages
 
 
-def global_pages(scores: Tensor, total: int, page_size: int) -> Tensor:
+def global_pages(
+    scores: Tensor, total: int, page_size: int, weights: Tensor | None = None
+) -> Tensor:
     """Pages in proportion to how many of the best keys of all heads together a head holds.
 
     Attention weights of different heads are comparable: each query spends one unit in every head.
-    No calibration, and it follows the sequence. A share of :data:`EVEN_SHARE` is spread evenly.
+    It follows the sequence. A share of :data:`EVEN_SHARE` is spread evenly.
 
     Args:
         scores: [H, T], a norm over the queries of the attention weight on each key.
         total: pages to hand out.
         page_size: slots per page.
+        weights: [H], by which the scores of each head count; None: all alike (see
+            :mod:`vllm_am.compaction.copying_heads`).
 
     Returns, Raises: as :func:`pages_by_shares`.
     """
     heads, keys = scores.shape
     best = min(scores.numel(), total * page_size)
+    if weights is not None:
+        scores = scores * weights.to(scores).unsqueeze(1)
     index = scores.flatten().topk(best).indices
     counts = torch.bincount(index // max(keys, 1), minlength=heads).double().cpu()
     shares = (1 - EVEN_SHARE) * counts / max(best, 1) + EVEN_SHARE / heads

@@ -7,7 +7,7 @@ once, then passed around as a whole. Imports no vLLM.
 
 from __future__ import annotations
 
-from vllm_am.config.budgets import BUDGETS, parse_budgets
+from vllm_am.config.budgets import BUDGETS, BY_SCORES, parse_budgets
 from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.json_text import parse_json
 from vllm_am.config.options import CACHE_MODES, CompactionConfig
@@ -26,6 +26,7 @@ CONFIG_KEY = "kv_compaction"
 
 __all__ = [
     "BUDGETS",
+    "BY_SCORES",
     "CACHE_MODES",
     "CONFIG_KEY",
     "DEFAULT_THRESHOLD_TOKENS",

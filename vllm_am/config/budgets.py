@@ -12,7 +12,9 @@ from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.json_text import parse_json
 
 #: How the pages of a compacted span are divided among the heads, where no file says it.
-BUDGETS = ("uniform", "global")
+BUDGETS = ("auto", "global", "uniform")
+#: Those that follow the scores of the sequence.
+BY_SCORES = ("auto", "global")
 #: Name of a KV head; one for each, so no leading zeros.
 HEAD = re.compile(r"L(0|[1-9]\d*)H(0|[1-9]\d*)")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vllm_am.compaction import METHODS
-from vllm_am.config.budgets import parse_budgets
+from vllm_am.config.budgets import BY_SCORES, parse_budgets
 from vllm_am.config.errors import CompactionConfigError, shown
 from vllm_am.config.queries import (
     PASS_SOURCES,
@@ -46,9 +46,10 @@ class CompactionConfig:
     """Tokens per sequence, or ``"80%"`` of the KV pool; None: :data:`DEFAULT_THRESHOLD_TOKENS`."""
     method: str = "highest-attention"
     """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
-    budgets: str | dict[str, float] = "global"
-    """How the pages of a span are divided among all heads: ``"uniform"``, ``"global"`` (by their
-    share of the highest attention scores of the sequence), or shares by head."""
+    budgets: str | dict[str, float] = "auto"
+    """How the pages of a span are divided among all heads: ``"global"`` (by their share of the
+    highest attention scores of the sequence), ``"auto"`` (the same, in which heads that look up and
+    copy count for more), ``"uniform"``, or shares by head."""
     reference_queries: int = 8192
     """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
     queries: str | dict[str, float] = "context-rotated"
@@ -257,6 +258,11 @@ class CompactionConfig:
     def rotates_context(self) -> bool:
         """Whether the context's own queries are rotated behind it: unless named as captured."""
         return "context-prefill" not in self.query_fractions
+
+    @property
+    def measures_scores(self) -> bool:
+        """Whether the heads' scores are compared before their pages are divided."""
+        return isinstance(self.budgets, str) and self.budgets in BY_SCORES
 
     @property
     def pass_fraction(self) -> float:

@@ -86,7 +86,7 @@ class Jobs:
         work = self._limits.work(len(source) * self._limits.block_size, span.slots)
         parts = min(self._limits.num_layers, ceil_div(work, self._limits.step_work))
         # Global budgets: all layers are measured before any of them is fitted.
-        rounds = 2 if self._config.budgets == "global" else 1
+        rounds = 2 if self._config.measures_scores else 1
         parts *= rounds
         slice_work = ceil_div(work * rounds, parts)
         job = Job(self._next_id, request, segment, source, queries, parts, slice_work, merges, key)

@@ -90,6 +90,8 @@ class Fitting:
     shares: torch.Tensor | None
     rotations: list[Rotary | None]
     chunk_bytes: int
+    head_weights: torch.Tensor | None = None
+    """float64 [heads] on the CPU: what the scores of each head count for beside those of others."""
     running: dict[int, FitProgress] = field(default_factory=dict)
     """By job, from the first slice until the segment is taken over or given up."""
 
@@ -127,7 +129,7 @@ class Fitting:
             query_shifts=np.full(positions, tokens),
             method=self.config.method,
             part=0,
-            parts=2 if self.config.budgets == "global" else 1,
+            parts=2 if self.config.measures_scores else 1,
         )
         progress = FitProgress("", self.kv.block_pages(source))
         self._warm_up(fit, progress)
@@ -188,7 +190,7 @@ class Fitting:
         progress = self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
 
         def divide() -> None:
-            if self.config.budgets == "global":
+            if self.config.measures_scores:
                 for layer in range(len(self.queries)):
                     self._measure(range(layer, layer + 1), measured, progress)
                 progress.statistics.clear()  # of other queries than those of the fit
@@ -241,7 +243,7 @@ class Fitting:
 
     def _run_slice(self, fit: FitSlice, progress: FitProgress) -> None:
         """Measure or fit the layers of one slice."""
-        passes = 2 if self.config.budgets == "global" else 1
+        passes = 2 if self.config.measures_scores else 1
         parts = fit.parts // passes
         part = fit.part % parts
         layers = range(len(self.queries) * part // parts, len(self.queries) * (part + 1) // parts)
@@ -284,7 +286,7 @@ class Fitting:
             bad = ~scores.isfinite().all(dim=1)
             if bool(bad.any()):
                 raise FitError("non-finite", bad.nonzero().flatten().tolist())
-            counts = global_pages(scores, pages.numel(), self.kv.block_size)
+            counts = global_pages(scores, pages.numel(), self.kv.block_size, self.head_weights)
         elif self.shares is not None:
             counts = pages_by_shares(self.shares, pages.numel(), most)
         else:

@@ -7,6 +7,7 @@ with nothing but the configuration.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,6 +76,20 @@ def fit_bytes(device: torch.device) -> int:
     return max(SLICE_BYTES, torch.cuda.get_device_properties(device).total_memory // 32)
 
 
+def head_names(layer_names: Iterable[str], vllm_config: VllmConfig) -> list[str]:
+    """This rank's KV heads, as budgets files call them: ``L0H0``, by layer and KV head."""
+    parallel = vllm_config.parallel_config
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    local = vllm_config.model_config.get_num_kv_heads(parallel)
+    # With more ranks than KV heads each head is held by several ranks.
+    first = get_tensor_model_parallel_rank() * total // parallel.tensor_parallel_size
+    return [
+        f"L{extract_layer_index(name)}H{first + head}"
+        for name in layer_names
+        for head in range(local)
+    ]
+
+
 def local_shares(
     budgets: str | dict[str, float], layer_names: list[str], vllm_config: VllmConfig
 ) -> torch.Tensor | None:
@@ -85,19 +100,8 @@ def local_shares(
     """
     if isinstance(budgets, str):
         return None
-    parallel = vllm_config.parallel_config
-    total = vllm_config.model_config.get_total_num_kv_heads()
-    local = vllm_config.model_config.get_num_kv_heads(parallel)
-    # With more ranks than KV heads each head is held by several ranks.
-    first = get_tensor_model_parallel_rank() * total // parallel.tensor_parallel_size
-    shares = torch.tensor(
-        [
-            budgets[f"L{extract_layer_index(name)}H{first + head}"]
-            for name in layer_names
-            for head in range(local)
-        ],
-        dtype=torch.float64,
-    )
+    names = head_names(layer_names, vllm_config)
+    shares = torch.tensor([budgets[name] for name in names], dtype=torch.float64)
     # A rank none of whose heads has a share holds its pages all the same.
     return shares if bool(shares.any()) else torch.ones_like(shares)
 

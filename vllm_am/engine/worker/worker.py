@@ -4,7 +4,7 @@ vLLM symbols touched (a mixin over the platform's worker class, selected through
 ``parallel_config.worker_cls``: ``v1.worker.cpu_worker.CPUWorker`` in worker_cpu.py,
 ``v1.worker.gpu_worker.Worker`` in worker_cuda.py):
 ``get_kv_cache_spec``, ``determine_available_memory``, ``initialize_from_config``,
-``execute_model``, ``sample_tokens``, ``shutdown``.
+``compile_or_warm_up_model``, ``execute_model``, ``sample_tokens``, ``shutdown``.
 
 ``execute_model`` is the one place that precedes everything a step does to the KV cache, on both
 model runners: zeroing of blocks, copy-on-write, slot mapping, forward. So blocks freed by a commit
@@ -25,6 +25,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm_am.engine.limits import BIAS_BYTES, EngineLimits
 from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport
 from vllm_am.engine.spec import CompactableAttentionSpec
+from vllm_am.engine.worker.copying_pass import find_head_weights
 from vllm_am.engine.worker.state import WorkerState, fit_bytes
 
 if TYPE_CHECKING:
@@ -94,6 +95,20 @@ class CompactionWorkerMixin(_Base):
         super().initialize_from_config(kv_cache_config)
         self._compaction = WorkerState.create(self.vllm_config, kv_cache_config, self.model_runner)
         self._unsent_reports = []
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Behind vLLM's own, when everything runs as it will."""
+        result = super().compile_or_warm_up_model()
+        state = self._compaction
+        if state is not None and state.limits.config.budgets == "auto":
+            self._find_head_weights(state)
+        return result
+
+    @torch.inference_mode()
+    def _find_head_weights(self, state: WorkerState) -> None:
+        state.fitting.head_weights = find_head_weights(
+            self.execute_model, self.sample_tokens, state, self.vllm_config
+        )
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
