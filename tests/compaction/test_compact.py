@@ -564,3 +564,28 @@ def test_statistics_that_the_caller_has_give_the_same_result():
     lacking = attention_statistics(keys, values, queries, scale=128**-0.5, norms=())
     with pytest.raises(ValueError, match=r"statistics: without the scores.*highest-attention"):
         compact(keys, values, queries, budget=budget, statistics=lacking)
+
+
+def test_large_heads_keep_their_keys_as_they_are(monkeypatch):
+    """Their values and biases, too; others of the batch are fitted as ever."""
+    module = sys.modules["vllm_am.compaction.compact"]  # the name is the function's
+    monkeypatch.setattr(module, "LARGE_SLOTS", 40)
+    monkeypatch.setattr(module, "MOST_FITTED_SLOTS", 90)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(5, 128, 16, generator=generator) for _ in range(2))
+    queries = torch.randn(5, 200, 16, generator=generator)
+    budget = torch.tensor([20, 64, 65, 100, 128])
+    found = compact(keys, values, queries, budget=budget)
+    small = compact(keys[:2], values[:2], queries[:2], budget=budget[:2])
+    assert torch.equal(found.values[:2, :64], small.values)
+    assert torch.equal(found.bias[:2, :64], small.bias)
+    scores = attention_statistics(keys, values, queries, scale=0.25).scores["rms"]
+    for head, slots in ((2, 65), (3, 100)):
+        indices = found.indices[head, :slots]
+        assert indices.tolist() == top_keys(scores[head, None], budget[head, None])[0].tolist()
+        assert torch.equal(found.values[head, :slots], values[head, indices])
+        assert not found.bias[head, :slots].any()
+        assert 0 < float(found.output_error[head]) < 0.5
+    assert found.indices[4].tolist() == list(range(128))
+    carried = compact(keys, values, queries, budget=budget, key_bias=torch.zeros(5, 128))
+    assert carried.bias[3, :100].any(), "of a segment that is merged, all are fitted"

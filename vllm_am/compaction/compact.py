@@ -18,7 +18,7 @@ from torch import Tensor
 from vllm_am.compaction.arguments import check_arguments, check_budgets
 from vllm_am.compaction.candidates import CANDIDATES
 from vllm_am.compaction.fitting import Failures, fit, pose, put
-from vllm_am.compaction.methods import Method
+from vllm_am.compaction.methods import AS_THEY_ARE, Method
 from vllm_am.compaction.problem import Problem
 from vllm_am.compaction.quality import FitQuality, compare
 from vllm_am.compaction.result import CompactedKV, FitError, empty, take
@@ -31,6 +31,16 @@ __all__ = ["CompactedKV", "FitError", "compact", "evaluate_fit"]
 #: Heads whose budgets differ by less than 2^(1/2) are padded to the largest of them: at most twice
 #: the Gram matrix that a head needs.
 BUCKETS_PER_DOUBLING = 2
+
+#: A head that keeps this share of its keys leaves out those that hardly anybody asks for: a fit
+#: costs most there (t^2), and gains least. On SmolLM2-135M (four tuned texts, default budgets) all
+#: fits take 2.1 s of a core instead of 5.6 at 10x, 4.6 instead of 16 at 5x; at 10x 91.4 % of the
+#: passages are known instead of 92.1 %, and the KL of the continuation is .0136 instead of .0131.
+LARGE_SHARE = 0.5
+#: Fits of fewer slots cost next to nothing, and are made.
+LARGE_SLOTS = 768
+#: More slots are not fitted either: their Gram matrix alone would take 128 MiB.
+MOST_FITTED_SLOTS = 4096
 
 
 @torch.no_grad()
@@ -53,7 +63,10 @@ def compact(
     """Replace T keys and values per head by fewer, which the queries can hardly tell apart.
 
     A head whose budget covers all its keys is returned as it is: same keys, values and bias, bit
-    for bit, without a fit and without a look at the queries.
+    for bit, without a fit and without a look at the queries. One that keeps more than
+    :data:`LARGE_SLOTS` and half of its keys (:data:`LARGE_SHARE`), or :data:`MOST_FITTED_SLOTS`,
+    keeps the most wanted of them as they are. Not where they carry a bias: those slots stand for
+    keys that are gone, and what they carry would be lost a little each time.
 
     Args:
         keys: [H, T, D] and values: [H, T, Dv], as stored in the cache (after RoPE).
@@ -130,7 +143,14 @@ def compact(
                 chunk_bytes=chunk_bytes,
                 failures=posed,
             )
-            result = _fit_alike(chosen, problem, fitted[numbers], numbers, result, posed)
+            slots = fitted[numbers]
+            large = torch.zeros_like(slots, dtype=torch.bool)
+            if chosen.fits_values and key_bias is None:
+                most = (existing[numbers] * LARGE_SHARE).clamp(LARGE_SLOTS, MOST_FITTED_SLOTS)
+                large = slots > most
+            for way, these in ((chosen, ~large), (AS_THEY_ARE, large)):
+                if bool(these.any()):
+                    result = _fit_alike(way, problem, slots, these, numbers, result, posed)
         failures.put(here, posed)
     if strict:
         failures.raise_first()
@@ -190,19 +210,21 @@ def _fit_alike(
     method: Method,
     problem: Problem,
     budgets: Tensor,
+    these: Tensor,
     numbers: list[int],
     result: CompactedKV,
     failures: Failures,
 ) -> CompactedKV:
-    """Fit all heads of a problem, those of similar budgets together; ``result`` with them in it.
+    """Fit some heads of a problem, those of similar budgets together; ``result`` with them in it.
 
     Args:
-        budgets: [h] int64 on the host.
+        budgets: [h] int64 on the host, of all h heads of the problem.
+        these: [h] bool on the host: which are fitted.
         numbers: of the h heads, in ``result``.
         failures: of the h heads, added to.
     """
     device, heads = problem.keys.device, len(result.keys)
-    for bucket in _buckets(budgets.tolist()):
+    for bucket in _buckets(budgets.tolist(), these.nonzero().squeeze(1).tolist()):
         alike = budgets[bucket]
         size = int(alike.max())
         whole = len(bucket) == len(numbers)  # nothing to be copied
@@ -217,11 +239,11 @@ def _fit_alike(
     return result
 
 
-def _buckets(budgets: list[int]) -> Iterator[list[int]]:
-    """Heads to be fitted together."""
-    sizes = [math.floor(math.log2(budget) * BUCKETS_PER_DOUBLING) for budget in budgets]
-    for size in sorted(set(sizes)):
-        yield [head for head, s in enumerate(sizes) if s == size]
+def _buckets(budgets: list[int], these: list[int]) -> Iterator[list[int]]:
+    """Heads to be fitted together, of ``these``."""
+    sizes = {head: math.floor(math.log2(budgets[head]) * BUCKETS_PER_DOUBLING) for head in these}
+    for size in sorted(set(sizes.values())):
+        yield [head for head in these if sizes[head] == size]
 
 
 def _index(numbers: list[int], heads: int, device: torch.device) -> Tensor | slice:

@@ -101,6 +101,9 @@ def _evicting(name: str, select: Select, *norms: str) -> Method:
     return Method(name, select, norms, log_weight_bounds=None, fits_values=False)
 
 
+#: Of heads that keep most of their keys anyway: all fitting methods know these scores.
+AS_THEY_ARE = _evicting("as-they-are", _highest_attention, "rms")
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
