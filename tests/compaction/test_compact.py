@@ -585,7 +585,7 @@ def test_large_heads_keep_their_keys_as_they_are(monkeypatch):
         assert indices.tolist() == top_keys(scores[head, None], budget[head, None])[0].tolist()
         assert torch.equal(found.values[head, :slots], values[head, indices])
         assert not found.bias[head, :slots].any()
-        assert 0 < float(found.output_error[head]) < 0.5
+        assert 0 < float(found.output_error[head]) < 1
     assert found.indices[4].tolist() == list(range(128))
     carried = compact(keys, values, queries, budget=budget, key_bias=torch.zeros(5, 128))
     assert carried.bias[3, :100].any(), "of a segment that is merged, all are fitted"
