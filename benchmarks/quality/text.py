@@ -61,6 +61,7 @@ _MONTHS = ("January", "March", "April", "June", "July", "September", "October", 
 #: Configurations by name: what goes into ``--kv-compaction-config``.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "default": {},
+    "global": {"budgets": "global"},
     "not shared": {"cache": "off"},
     "omp-fast": {"method": "omp-fast"},
     "paper": {"budgets": "uniform", "queries": "repeat-prefill"},
