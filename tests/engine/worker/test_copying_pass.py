@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def expected() -> list[float]:
     """Of the bundled model, by a forward pass of our own."""
-    from benchmarks.quality.tensor_backend import copying_weights
     from benchmarks.quality.conversations import RECALL_MODEL
+    from benchmarks.quality.tensor_backend import copying_weights
     from benchmarks.recall.model import load
 
     return copying_weights(load(RECALL_MODEL)).tolist()
