@@ -242,7 +242,9 @@ def test_museum_10_defaults_are_pinned():
         "on_policy": False,  # the reference's default too
         "reference_prompts": None,
         "query_pool_share": 1 / 32,  # ours: a bound of memory
-        "heldout_share": 1 / 8,  # ours
+        # With 1/8 SmolLM2-135M knows 80 % of the planted facts at 10x that the full cache knows,
+        # with 1/32 all of them: benchmarks/results/quality-text.md.
+        "heldout_share": 1 / 32,
         "max_error": None,  # the ratio is what the user asked for
         "recent_tokens": 64,  # the reference's online mode keeps 20
         "protected_tokens": 4,  # attention sinks, as many as StreamingLLM keeps

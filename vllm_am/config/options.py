@@ -73,8 +73,9 @@ class CompactionConfig:
     """Token ids of what passes read, by source; None: encoded at startup from the texts above."""
     query_pool_share: float = 1 / 32
     """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
-    heldout_share: float = 1 / 8
-    """Share of the reference queries that is kept out of the fit, to measure its error on."""
+    heldout_share: float = 1 / 32
+    """Share of the reference queries that is kept out of the fit, to measure its error on. Small: a
+    key that only one of these asks for is lost."""
     max_error: float | None = None
     """Highest held-out output error of a compaction, mean over heads; a fit above it is thrown away
     and tried with twice the slots, until nothing would be saved. None: no bound."""
