@@ -73,8 +73,8 @@ NONSENSE: Sequence[dict[str, Any]] = (
 GROWTH, GROWN_UP = 0.02, 300
 #: In MiB where that is more: what two median readings of the same server differ by.
 NOISE = 16
-#: Of the log of a server that does not answer any more.
-LAST_LINES = 200
+#: Errors in the log of a server that does not answer any more.
+FIRST_LINES = 100
 
 
 @dataclass(frozen=True)
@@ -368,8 +368,8 @@ def soak(
             settle(server, life, compacting)
             return row_of(server, life, api_servers, seconds, compacting), life
         except (httpx.HTTPError, ServerError):
-            # What it said last, before the folder goes.
-            typer.echo("\n".join(server.log.read_text().splitlines()[-LAST_LINES:]), err=True)
+            # What it said first, before the folder goes.
+            typer.echo("\n".join(server.log_lines("ERROR")[:FIRST_LINES]), err=True)
             raise
 
 
