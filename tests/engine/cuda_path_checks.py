@@ -25,6 +25,7 @@ from vllm.v1.attention.backends import flash_attn
 from tests.engine.models import make_random_model
 from vllm_am.compaction.attend_pages import PagedRow, attend_pages, group_rows
 from vllm_am.compaction.pages import PagedKV
+from vllm_am.config import CompactionConfig
 from vllm_am.engine.messages import CompactionStep, QuerySample
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker import attention_cuda, live_batch
@@ -497,11 +498,13 @@ def test_the_worker_compiles_before_graphs_are_captured(world, worker, monkeypat
     group = SimpleNamespace(get_metadata_builder=lambda: world.builder)
     worker.model_runner = SimpleNamespace(attn_groups=[[group]])
     worker._compaction = world.state
+    world.state.fitting.config = CompactionConfig()
+    monkeypatch.setattr(type(worker), "_find_head_weights", lambda self, s: order.append("heads"))
     monkeypatch.setattr(type(world.state), "warm_up", lambda self: order.append("fits"))
     monkeypatch.setattr(world.builder, "warm_up", lambda state: order.append(state))
     monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: order.append("vLLM"))
     worker.compile_or_warm_up_model()
-    assert order == ["fits", world.state, "vLLM"]
+    assert order == ["fits", world.state, "vLLM", "heads"]
 
 
 # -- no waiting for the device --------------------------------------------------------------------

@@ -282,7 +282,8 @@ class CompactCache:
         """With all that it stands on, which would be missed first."""
         queue = self._pool.free_block_queue
         chain = [block for each in entry.chain for block in (*each.blocks, *each.before)]
-        free = [block for block in chain if block.ref_cnt == 0]
+        # Each once: an exact block in front may have been handed out since, to one of the entries.
+        free = list({block.block_id: block for block in chain if block.ref_cnt == 0}.values())
         for block in free:
             queue.remove(block)
         queue.append_n(free)

@@ -63,9 +63,11 @@ def find_head_weights(
         (blocks.shape[0] - 1) * block_size,
         2 * pool,
     )
+    vocabulary = model.get_vocab_size()
     first = getattr(model.hf_text_config, "bos_token_id", None)
-    first = first if isinstance(first, int) else None
-    beginning, *copied = tokens_to_copy(model.get_vocab_size(), room, first)
+    # Configurations name tokens that the model does not have.
+    first = first if isinstance(first, int) and 0 <= first < vocabulary else None
+    beginning, *copied = tokens_to_copy(vocabulary, room, first)
     if len(copied) < LEAST_COPIED_TOKENS:
         return None
     tokens = [beginning, *copied, *copied]

@@ -100,7 +100,7 @@ class CompactionWorkerMixin(_Base):
         """Behind vLLM's own, when everything runs as it will."""
         result = super().compile_or_warm_up_model()
         state = self._compaction
-        if state is not None and state.limits.config.budgets == "auto":
+        if state is not None and state.fitting.config.budgets == "auto":
             self._find_head_weights(state)
         return result
 
