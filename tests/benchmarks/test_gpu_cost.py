@@ -18,17 +18,18 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 #: Per slice: launches, GB, TFLOP in 16 bit; what they are today. Where they fall, lower these.
+#: (All of it since 1/32 of the queries are held out, not 1/8: fits read 31/28 as many.)
 TODAY = {
     ("gemma-3-12b", "select keys"): (38, 3.542, 9.664),
     ("gemma-3-12b", "fit bias"): (128, 10.16, 0.9691),
     ("gemma-3-12b", "fit values"): (201, 24.87, 1.589),
     ("gemma-3-12b", "evaluate"): (16, 0.9557, 0.8456),
-    ("gemma-3-12b", "all, as a worker runs it"): (561, 53.53, 11.83),
+    ("gemma-3-12b", "all, as a worker runs it"): (581, 55.45, 12.37),
     ("qwen3-4b", "select keys"): (38, 1.477, 2.474),
     ("qwen3-4b", "fit bias"): (88, 6.830, 0.6020),
     ("qwen3-4b", "fit values"): (177, 10.96, 0.7531),
     ("qwen3-4b", "evaluate"): (16, 0.3143, 0.2165),
-    ("qwen3-4b", "all, as a worker runs it"): (506, 23.03, 3.641),
+    ("qwen3-4b", "all, as a worker runs it"): (516, 24.12, 3.845),
 }
 SLACK = 1.05
 RUN = "import typer\nfrom benchmarks.gpu_cost.__main__ import main\ntyper.run(main)"
@@ -129,7 +130,8 @@ def test_memory_of_a_slice_is_bounded():
     found = [line.split() for line in program(PEAKS).splitlines() if line.startswith("peak ")]
     assert len(found) == 10
     for _, name, ratio, peak, held in found:
-        assert 2**28 < int(peak) <= SLICE_BYTES, (name, ratio)
+        # Half of the keys are kept as they are: there is least to hold.
+        assert 2**27 < int(peak) <= SLICE_BYTES, (name, ratio)
         assert int(held) <= 16, (name, ratio)  # two sums of errors, for as long as they are known
 
 

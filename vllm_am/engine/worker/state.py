@@ -66,7 +66,7 @@ FIT_TEMPORARIES = 8
 
 #: What a slice of a fit takes at its peak, at most: of the longest span, for head sizes up to 256
 #: and ratios up to 1/2 (``tests/benchmarks/test_gpu_cost.py``). What needs more may fail for it.
-SLICE_BYTES = 5 << 29
+SLICE_BYTES = 11 << 28
 
 
 def fit_bytes(device: torch.device) -> int:
