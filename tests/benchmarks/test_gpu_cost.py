@@ -130,8 +130,9 @@ def test_memory_of_a_slice_is_bounded():
     found = [line.split() for line in program(PEAKS).splitlines() if line.startswith("peak ")]
     assert len(found) == 10
     for _, name, ratio, peak, held in found:
-        # Half of the keys are kept as they are: there is least to hold.
-        assert 2**27 < int(peak) <= SLICE_BYTES, (name, ratio)
+        # Half of the keys are kept as they are: nothing of a fit is to hold.
+        least = 2**27 if float(ratio) == 0.5 else 2**28
+        assert least < int(peak) <= SLICE_BYTES, (name, ratio)
         assert int(held) <= 16, (name, ratio)  # two sums of errors, for as long as they are known
 
 

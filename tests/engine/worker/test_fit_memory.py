@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.gpu_cost.counting import Counts
 from vllm_am.compaction.compact import MOST_FITTED_SLOTS
 from vllm_am.compaction.pages import PagedKV
 from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
@@ -24,25 +24,19 @@ GRAM_BYTES, KEPT_BYTES = 64 << 20, 256 << 20
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that live."""
+    """Counts the tensors that live."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.counts = Counts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         for x in _tensors(result):
-            storage = x.untyped_storage()
-            if storage._cdata not in given:
-                self.held += storage.nbytes()
-                self.peak = max(self.peak, self.held)
-                weakref.finalize(storage, self._let_go, storage.nbytes())
+            if x.untyped_storage()._cdata not in given:
+                self.counts.hold(x)
         return result
-
-    def _let_go(self, size: int) -> None:
-        self.held -= size
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -99,4 +93,4 @@ def test_the_formula_holds(layers, kv_heads, group, tokens, ratio, parts):
     gram = max(slots**2 * 8, min(GRAM_BYTES, heads * slots**2 * 8))
     kept = min(KEPT_BYTES, layers * kv_heads * (queries * (size + 1) + tokens) * 4)
     formula = 9 * gram + kept + heads * (2 * tokens * 2 * size + 4 * queries * size) * 4
-    assert formula / 5 < counted.peak <= formula
+    assert formula / 5 < counted.counts.peak <= formula

@@ -89,8 +89,9 @@ def find_head_weights(
         queries[: len(copied)] = 0
     state.kv.pages[pages] = 0
     scores = torch.cat(found)
-    _say(scores, head_names(state.layers, vllm_config))
-    return head_weights(scores)
+    weights = head_weights(scores)
+    _say(scores, int((weights > 1).sum()), head_names(state.layers, vllm_config))
+    return weights
 
 
 def _step(tokens: list[int], block_ids: list[int], sample: QuerySample) -> SchedulerOutput:
@@ -115,9 +116,8 @@ def _step(tokens: list[int], block_ids: list[int], sample: QuerySample) -> Sched
     return output
 
 
-def _say(scores: torch.Tensor, names: list[str]) -> None:
+def _say(scores: torch.Tensor, copying: int, names: list[str]) -> None:
     """Which heads they are, in the log."""
-    copying = int((head_weights(scores) > 1).sum())
     best = scores.topk(min(NAMED_HEADS, copying)).indices.tolist()
     most = ", ".join(f"{names[head]} ({scores[head]:.2f})" for head in best)
     logger.info(
