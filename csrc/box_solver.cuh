@@ -125,13 +125,13 @@ struct BoxSolver {
   }
 
   VLLM_AM_HD void step_single(int size, double tolerance) const {
-    const int pitch = box_pitch(size);
-    const bool near = (long long)size * pitch <= w.near_capacity;
+    const int pitch = box_pitch(size), first = team.first_row(size), own = team.own_rows(size);
+    const bool near = (long long)own * pitch <= w.near_capacity;
     float* matrix = near ? w.near_matrix : w.far_matrix;
-    team.for_each_pair(size, pitch, [&](int a, int b) {
+    team.for_each_own(own, pitch, [&](int a, int b) {
       float entry = 0.0f;
       if (b < size) {
-        const int i = w.free[a], j = w.free[b];
+        const int i = w.free[first + a], j = w.free[b];
         entry = float(double(p.gram[(long long)i * p.size + j]) / (norm[i] * norm[j]));
       }
       matrix[(long long)a * pitch + b] = entry;
@@ -198,7 +198,7 @@ struct BoxSolver {
     });
   }
 
-  // Writes the weights to ``solution`` [size]; variables with a zero diagonal, and all of a problem
+  // Writes the weights to ``solution`` [size], every block the same ones; variables with a zero diagonal, and all of a problem
   // with NaN or Inf, get 1 clipped to the bounds.
   VLLM_AM_HD BoxResult solve(Real* solution) {
     const double one = clip(1.0, p.lo, p.hi);

@@ -18,10 +18,11 @@ struct BoxWorkspace {
   float* face;          // [FACE_VECTORS, pitch]
   double* double_face;  // [FACE_VECTORS, pitch]
   int* free;            // [pitch]
-  // Two places for the gathered matrix: near, if it has at most near_capacity floats, or far.
+  // Two places for this block's rows of the gathered matrix: near, if they have at most
+  // near_capacity floats, or far.
   float* near_matrix;
   long long near_capacity;
-  float* far_matrix;  // [size, pitch]
+  float* far_matrix;  // [rows of a block, pitch]
 };
 
 // A piece of memory, handed out from its start in multiples of 16 bytes.
@@ -60,7 +61,7 @@ VLLM_AM_HD BoxWorkspace box_workspace(Arena shared, Arena global, int size) {
   w.near_matrix = reinterpret_cast<float*>(shared.next);
   w.near_capacity = shared.left / (long long)sizeof(float);
   w.double_face = global.take<double>(FACE_VECTORS * pitch);
-  w.far_matrix = global.take<float>(size * pitch);
+  w.far_matrix = reinterpret_cast<float*>(global.next);
   return w;
 }
 

@@ -44,7 +44,8 @@ class BoxCall:
         solution: [B, t], written. kkt_residual: float64 [B], written. iterations: int64 [B],
             written.
         counter: int32 [1], zero.
-        workspace: uint8 [blocks, bytes], each ``solve_box.workspace_bytes``.
+        exchange: uint8 [teams, ``solve_box.exchange_bytes``], zeros.
+        workspace: uint8 [blocks of all teams, ``solve_box.workspace_bytes``].
         threads: per block.
         shared_bytes: dynamic shared memory per block.
     """
@@ -60,6 +61,7 @@ class BoxCall:
     kkt_residual: Tensor
     iterations: Tensor
     counter: Tensor
+    exchange: Tensor
     workspace: Tensor
     threads: int
     shared_bytes: int
@@ -94,6 +96,7 @@ class _AheadOfTime:
             call.kkt_residual,
             call.iterations,
             call.counter,
+            call.exchange,
             call.workspace,
             call.threads,
             call.shared_bytes,
@@ -146,12 +149,22 @@ class _RuntimeCompiled:
             pointer(call.kkt_residual),
             pointer(call.iterations),
             pointer(call.counter),
+            pointer(call.exchange),
             pointer(call.workspace),
             np.int64(workspace_bytes),
             np.int32(call.shared_bytes),
+            np.int32(blocks // len(call.exchange)),
         )
         with self._cupy.cuda.Stream.from_external(_CurrentStream()):
-            kernel((blocks,), (call.threads,), arguments, shared_mem=call.shared_bytes)
+            # The blocks of a team wait for each other: all have to be resident, or none. Not by
+            # way of the module's own flag, which wants a library for grid groups linked in.
+            kernel.kernel(
+                (blocks,),
+                (call.threads,),
+                arguments,
+                shared_mem=call.shared_bytes,
+                enable_cooperative_groups=True,
+            )
 
 
 class _CurrentStream:

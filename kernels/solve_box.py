@@ -1,30 +1,24 @@
 """Bounded least squares for all heads in one launch: csrc/solve_box.cuh.
 
-One thread block per head, from 1 to ``NATIVE_MAX_UNKNOWNS`` unknowns, and not a single
+A team of thread blocks per head, from 1 to ``NATIVE_MAX_UNKNOWNS`` unknowns, and not a single
 synchronisation with the host. The reference (vllm_am/compaction/fit_bias.py) factorises the free
 block of every head in every iteration, asks the device a dozen questions per iteration and so
 leaves it idle between launches of small matrices.
 
-What the kernel should cost on an H200, from the products that it takes: counted on the host, on
-attention fits of t = 102, 205, 600, 600 and 1,200, there are 73, 141, 216, 399 and 311 in fp32 on
-free blocks, as many bytes as 57, 64, 92, 198 and 78 on the full matrix, and 7 or 8 with G itself.
-
-- t = 205: the free block lies in shared memory (at most 168 KB, 128 bytes a cycle). 141 products,
-  at most 0.7 us each and about 1.5 us of barriers: 0.3 ms a head.
-- t = 600, 64 heads, one per multiprocessor: 198 x 1.4 MB + 8 x 2.9 MB = 300 MB per block, from L2
-  at 60 GB/s: 5 ms.
-- t = 1,600, 288 heads: 100 x 10 MB (assumed) + 8 x 20 MB = 1.2 GB a head, 340 GB in all, at
-  4.2 TB/s: 80 ms.
-
-The reference took 16 iterations of up to 4 factorisations of t^3 / 3 operations at t = 1,200: up
-to 288 x 64 x 0.6 GFLOP = 11 TFLOP, 0.2 s at the peak rate of fp64, which small batches do not
-reach. None of this has been measured on a GPU yet.
-``NATIVE_MAX_UNKNOWNS`` is the one place that chooses; the GPU suite measures both.
+What it costs: counted on the host, on attention fits of t = 102, 205, 600, 600 and 1,200, there are
+73, 141, 216, 399 and 311 products in fp32 on free blocks, as many bytes as 57, 64, 92, 198 and 78
+on the full matrix, and 7 or 8 with G itself. A multiprocessor reads 95 GB/s from L2, which took
+5.7 ms for t = 820 on an H200 with one block per head, whatever the number of heads up to 132: 24
+heads, as a slice of layers has, left most of the device idle, and budgets that follow the attention
+give single heads thousands of slots (t = 4,096: 0.14 s). So the rows of a head's matrix are divided
+among as many blocks as there are for it, each of which then holds its rows in shared memory more
+often than not.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +45,12 @@ _REGISTERS = 64
 # Vectors per problem, as in csrc/box_workspace.cuh.
 _BOX_VECTORS = 5
 _FACE_VECTORS = 9
+
+#: Rows that a warp multiplies at once, as in csrc/team.cuh.
+_ROWS = 4
+
+#: Rows of a matrix for which another block is worth a meeting of the team in every product.
+MIN_ROWS_PER_BLOCK = 64
 
 
 def solve_box(
@@ -103,9 +103,7 @@ def _solve_native(
     kkt_residual = torch.zeros(batch, dtype=torch.float64, device=rhs.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=rhs.device)
     if batch > 0 and size > 0:
-        blocks, threads, shared = plan_launch(
-            batch, size, torch.cuda.get_device_properties(rhs.device)
-        )
+        plan = plan_launch(batch, size, torch.cuda.get_device_properties(rhs.device))
         native.solve_box(
             BoxCall(
                 gram=gram.contiguous(),
@@ -119,14 +117,37 @@ def _solve_native(
                 kkt_residual=kkt_residual,
                 iterations=iterations,
                 counter=torch.zeros(1, dtype=torch.int32, device=rhs.device),
-                workspace=torch.empty(
-                    blocks, workspace_bytes(size), dtype=torch.uint8, device=rhs.device
+                exchange=torch.zeros(
+                    plan.teams, exchange_bytes(size), dtype=torch.uint8, device=rhs.device
                 ),
-                threads=threads,
-                shared_bytes=shared,
+                workspace=torch.empty(
+                    plan.teams * plan.team_blocks,
+                    workspace_bytes(size, plan.team_blocks),
+                    dtype=torch.uint8,
+                    device=rhs.device,
+                ),
+                threads=plan.threads,
+                shared_bytes=plan.shared_bytes,
             )
         )
     return BoxSolution(solution, kkt_residual.to(rhs.dtype), iterations)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch.
+
+    Attributes:
+        teams: that take one problem after the other.
+        team_blocks: thread blocks of each.
+        threads: of each block.
+        shared_bytes: dynamic shared memory of each block.
+    """
+
+    teams: int
+    team_blocks: int
+    threads: int
+    shared_bytes: int
 
 
 def vector_bytes(size: int) -> int:
@@ -135,35 +156,53 @@ def vector_bytes(size: int) -> int:
     return pitch * (4 * _FACE_VECTORS + 4 + 8 * _BOX_VECTORS)
 
 
-def workspace_bytes(size: int) -> int:
+def rows_per_block(size: int, team_blocks: int) -> int:
+    """Rows of a matrix that a block multiplies, at most."""
+    rows = -(-size // team_blocks)
+    return min(size, -(-rows // _ROWS) * _ROWS)
+
+
+def workspace_bytes(size: int, team_blocks: int = 1) -> int:
     """Bytes of global memory that a block needs if its vectors all have to lie there."""
     pitch = -(-size // 4) * 4
-    return vector_bytes(size) + 8 * _FACE_VECTORS * pitch + 4 * size * pitch
+    matrix = 4 * rows_per_block(size, team_blocks) * pitch
+    return vector_bytes(size) + 8 * _FACE_VECTORS * pitch + matrix
 
 
-def plan_launch(batch: int, size: int, properties: Any) -> tuple[int, int, int]:
-    """Blocks, threads per block, and dynamic shared memory of a block in bytes.
+def exchange_bytes(size: int) -> int:
+    """Bytes of global memory that the blocks of a team share (``Exchange`` in csrc/team.cuh)."""
+    return 16 + 2 * 8 * size
+
+
+def plan_launch(batch: int, size: int, properties: Any, team_blocks: int | None = None) -> Plan:
+    """How a batch is divided among thread blocks, all of which are resident at once.
 
     Args:
         properties: ``torch.cuda.get_device_properties``.
+        team_blocks: at most so many per team; by default as many as the device has for each.
     """
     # A warp multiplies four rows at a time.
     threads = min(max(128, 8 * (-(-size // 32) * 32)), 1024)
-    # Vectors and the largest matrix, or what there is; blocks of small problems share a
-    # multiprocessor.
-    wanted = vector_bytes(size) + 4 * size * (-(-size // 4) * 4)
     limit = properties.shared_memory_per_block_optin - _STATIC_SHARED_BYTES
-    shared = min(wanted, limit)
-    per_processor = max(
-        1,
-        min(
+    pitch = -(-size // 4) * 4
+
+    def shared_bytes(blocks: int) -> int:
+        """Vectors and the largest matrix, or what there is."""
+        return min(vector_bytes(size) + 4 * rows_per_block(size, blocks) * pitch, limit)
+
+    def resident(blocks: int) -> int:
+        """Blocks on the device at once; those of small problems share a multiprocessor."""
+        per_processor = min(
             properties.regs_per_multiprocessor // (_REGISTERS * threads),
-            properties.shared_memory_per_multiprocessor // (shared + _STATIC_SHARED_BYTES),
-        ),
-    )
-    blocks = min(
-        batch,
-        properties.multi_processor_count * per_processor,
-        max(1, WORKSPACE_BYTES // workspace_bytes(size)),
-    )
-    return blocks, threads, shared
+            properties.shared_memory_per_multiprocessor
+            // (shared_bytes(blocks) + _STATIC_SHARED_BYTES),
+        )
+        by_memory = WORKSPACE_BYTES // workspace_bytes(size, blocks)
+        return max(1, min(properties.multi_processor_count * max(1, per_processor), by_memory))
+
+    # More than one block of a team on a multiprocessor would share what it reads by.
+    most = min(properties.multi_processor_count // batch, size // MIN_ROWS_PER_BLOCK)
+    blocks = max(1, most if team_blocks is None else team_blocks)
+    blocks = max(1, min(blocks, resident(blocks)))
+    teams = max(1, min(batch, resident(blocks) // blocks))
+    return Plan(teams, blocks, threads, shared_bytes(blocks))

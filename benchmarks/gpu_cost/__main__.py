@@ -63,8 +63,11 @@ def main(
         "Nothing here is measured: the code ran on tensors without contents, and what it would "
         f"launch on a GPU was counted. Times: by the ceilings of an {H200.name} "
         "(`benchmarks/gpu_cost/devices.py`); `attention.md` and `fit.md` hold what one took.",
-        "Per slice of heads, as the engine fits them with uniform budgets (with global ones heads "
-        "of different sizes are fitted apart, in more launches); `whole`: all slices.",
+        "Per slice of heads, as the engine fits them with uniform budgets, or with budgets as the "
+        "default gives them to the heads of a real model (`benchmarks/uneven_budgets.py`; the "
+        "measurement of the scores, another slice, is not in it); `whole`: all slices.",
+        "The box solver's several blocks per head have not run on a device yet: the 3 µs of a "
+        "meeting are assumed.",
         "Targets: Gemma-3-12B at most 0.30 s; Qwen3-4B at most 0.26 s (a quarter of its prefill); "
         "at most 3,000 launches per context, and 2 syncs per slice.",
     ]

@@ -17,15 +17,27 @@ from torch import Tensor
 
 from benchmarks.gpu_cost.counting import KernelCost, Launch
 from vllm_am.compaction.fit_bias import BoxSolution
-from vllm_am.kernels.solve_box import workspace_bytes
+from vllm_am.kernels.solve_box import plan_launch, rows_per_block, workspace_bytes
 
 #: Multiprocessors of an H100 and an H200.
 MULTIPROCESSORS = 132
 
+#: What the box solver's launcher asks of a Hopper GPU.
+_PROPERTIES = SimpleNamespace(
+    multi_processor_count=MULTIPROCESSORS,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=227 << 10,
+    shared_memory_per_multiprocessor=228 << 10,
+)
+
 #: Of the box solver: products with the matrix (or what is free of it) that a head takes, and bytes
-#: per second that one multiprocessor reads. With 200 products this is what an H200 was measured at:
-#: 5.7 ms for t = 820 and 3.05 ms for t = 600, up to 132 heads at once (benchmarks/results/gpu).
+#: per second that one multiprocessor reads. With 200 products and one block per head this is what
+#: an H200 was measured at: 5.7 ms for t = 820 and 3.05 ms for t = 600, up to 132 heads at once
+#: (benchmarks/results/gpu).
 _PRODUCTS, _MULTIPROCESSOR_RATE = 200, 95e9
+#: Seconds that a product takes where nothing is to be read: barriers and reductions of a block, and
+#: the meeting of several. Assumed.
+_PRODUCT_SECONDS, _MEETING_SECONDS = 4e-6, 3e-6
 
 
 class PaperDriver:
@@ -51,11 +63,18 @@ def box_solver(launched: Callable[[Launch], None]) -> Iterator[None]:
 
     def solve_box(gram: Tensor, rhs: Tensor, lo: float, hi: float, **_: Any) -> BoxSolution:
         heads, size = rhs.shape
-        waves = -(-heads // MULTIPROCESSORS)
-        seconds = waves * _PRODUCTS * 4 * size**2 / _MULTIPROCESSOR_RATE
+        plan = plan_launch(heads, size, _PROPERTIES)
+        read = 4 * rows_per_block(size, plan.team_blocks) * size / _MULTIPROCESSOR_RATE
+        beside = _PRODUCT_SECONDS + (_MEETING_SECONDS if plan.team_blocks > 1 else 0.0)
+        product = max(read, beside) if plan.team_blocks == 1 else read + beside
+        seconds = -(-heads // plan.teams) * _PRODUCTS * product
         launched(Launch("solve_box", 0.0, "fp32", gram.nbytes, seconds))
-        blocks = min(heads, MULTIPROCESSORS)
-        torch.empty(blocks, workspace_bytes(size), dtype=torch.uint8, device=rhs.device)
+        torch.empty(
+            plan.teams * plan.team_blocks,
+            workspace_bytes(size, plan.team_blocks),
+            dtype=torch.uint8,
+            device=rhs.device,
+        )
         return BoxSolution(
             torch.empty_like(rhs),
             rhs.new_empty(heads),

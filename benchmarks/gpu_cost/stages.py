@@ -12,6 +12,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.gpu_cost.counting import Counts, Launch, counting
 from benchmarks.gpu_cost.kernel_costs import KERNEL_COSTS
+from benchmarks.uneven_budgets import uneven_budgets
 from vllm_am.compaction.compact import evaluate_fit
 from vllm_am.compaction.fit_bias import fit_bias
 from vllm_am.compaction.fit_values import fit_values
@@ -64,10 +65,17 @@ def slice_stages(case: Case, heads: int, ratio: float) -> Iterator[Stage]:
         evaluate_fit(kept, keys, values, reference[:, : queries // 8], **options)
     yield Stage("evaluate", counts, slices)
     yield Stage("all, as a worker runs it", worker_slice(case, heads, ratio), slices)
+    counts = worker_slice(case, heads, ratio, uneven=True)
+    yield Stage("all, heads of different sizes", counts, slices)
 
 
-def worker_slice(case: Case, heads: int, ratio: float) -> Counts:
-    """One slice from the pages to the pages: what the stages are called by is in it."""
+def worker_slice(case: Case, heads: int, ratio: float, uneven: bool = False) -> Counts:
+    """One slice from the pages to the pages: what the stages are called by is in it.
+
+    Args:
+        uneven: budgets as heads of a real model get them by their scores, which are measured in
+            another slice; all alike otherwise.
+    """
     # Here: the engine's rooms import vLLM.
     from vllm_am.config import CompactionConfig
     from vllm_am.engine.messages import FitSlice, Segment
@@ -96,8 +104,11 @@ def worker_slice(case: Case, heads: int, ratio: float) -> Counts:
     ]
     rotary = Rotary(torch.empty(case.head_dim // 2, dtype=torch.float64, device=META), False)
     config = CompactionConfig(ratio=ratio, budgets="uniform")
+    shares = uneven_budgets(heads, case.tokens_per_fit, ratio).double() if uneven else None
     chunk_bytes = SLICE_BYTES // FIT_TEMPORARIES  # as where no more than this is kept free
-    fitting = Fitting(config, kv, pools, case.head_dim**-0.5, None, [rotary] * layers, chunk_bytes)
+    fitting = Fitting(
+        config, kv, pools, case.head_dim**-0.5, shares, [rotary] * layers, chunk_bytes
+    )
     source = range(1, 1 + blocks)
     into = tuple(range(1 + blocks, 1 + blocks + target))
     fit = FitSlice(

@@ -68,6 +68,12 @@ def _attention(smoke: bool) -> Report:
     return attention_speed.report(smoke)
 
 
+def _solver(smoke: bool) -> Report:
+    from benchmarks.gpu_suite import solver_speed
+
+    return solver_speed.report(smoke)
+
+
 def _context(smoke: bool) -> Report:
     from benchmarks.gpu_suite import context_speed
 
@@ -137,7 +143,15 @@ STAGES = (
         act=1,
         report=_attention,
     ),
-    Stage("fit", "time of a compaction's stages", limit=90, expected=38, act=1, report=_fit),
+    Stage("fit", "time of a compaction's stages", limit=90, expected=45, act=1, report=_fit),
+    Stage(
+        "solver",
+        "the box solver, by thread blocks per head",
+        limit=60,
+        expected=30,
+        act=0,
+        report=_solver,
+    ),
     Stage(
         "context",
         "a context of 32k tokens in an engine: prefill, compaction, decode",

@@ -1,7 +1,7 @@
-// A thread block on the host: what csrc/ uses of CUDA, by as many coroutines that take turns.
+// Thread blocks on the host: what csrc/ uses of CUDA, by as many coroutines that take turns.
 //
-// One block at a time. A thread runs until it has to wait at a barrier, or in a warp intrinsic,
-// which all 32 threads of its warp must come to.
+// A thread runs until it has to wait at a barrier, or in a warp intrinsic, which all 32 threads of
+// its warp must come to, or looks at what another block may write.
 #pragma once
 
 #include <ucontext.h>
@@ -17,6 +17,7 @@ struct Dim3 {
   unsigned x;
 };
 inline Dim3 threadIdx;
+inline Dim3 blockIdx;
 inline Dim3 blockDim;
 
 struct float4 {
@@ -39,11 +40,16 @@ struct Barrier {
 };
 
 inline ucontext_t scheduler;
-inline std::vector<Thread> block;
+inline std::vector<Thread> grid;  // the threads of all blocks, block by block
 inline std::function<void()> work;
 inline std::vector<double> exchange;  // one entry per thread
-inline Barrier block_barrier;
+inline std::vector<Barrier> block_barriers;
 inline std::vector<Barrier> warp_barriers;
+
+// Which of all threads is running.
+inline unsigned current() { return blockIdx.x * blockDim.x + threadIdx.x; }
+
+inline void let_others_run() { swapcontext(&grid[current()].context, &scheduler); }
 
 inline void Barrier::wait(unsigned threads) {
   const unsigned mine = generation;
@@ -51,25 +57,25 @@ inline void Barrier::wait(unsigned threads) {
     arrived = 0;
     ++generation;
   }
-  while (generation == mine) swapcontext(&block[threadIdx.x].context, &scheduler);
+  while (generation == mine) let_others_run();
 }
 
-inline void wait_for_warp() { warp_barriers[threadIdx.x / 32].wait(32); }
+inline void wait_for_warp() { warp_barriers[current() / 32].wait(32); }
 
 inline void run_thread() {
   work();
-  block[threadIdx.x].done = true;
+  grid[current()].done = true;
 }
 
-// Runs body() on every thread of a block, a multiple of 32 of them.
-inline void run_block(unsigned threads, std::function<void()> body) {
+// Runs body() on every thread of some blocks, a multiple of 32 of them in each.
+inline void run_blocks(unsigned blocks, unsigned threads, std::function<void()> body) {
   blockDim.x = threads;
-  exchange.assign(threads, 0.0);
-  block_barrier = {};
-  warp_barriers.assign(threads / 32, {});
+  exchange.assign(blocks * threads, 0.0);
+  block_barriers.assign(blocks, {});
+  warp_barriers.assign(blocks * threads / 32, {});
   work = std::move(body);
-  block = std::vector<Thread>(threads);
-  for (Thread& thread : block) {
+  grid = std::vector<Thread>(blocks * threads);
+  for (Thread& thread : grid) {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
@@ -78,10 +84,11 @@ inline void run_block(unsigned threads, std::function<void()> body) {
   }
   for (bool running = true; running;) {
     running = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      if (block[i].done) continue;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &block[i].context);
+    for (unsigned i = 0; i < grid.size(); ++i) {
+      if (grid[i].done) continue;
+      blockIdx.x = i / threads;
+      threadIdx.x = i % threads;
+      swapcontext(&scheduler, &grid[i].context);
       running = true;
     }
   }
@@ -97,18 +104,34 @@ T read(unsigned from) {
 template <class T>
 void write(T value) {
   static_assert(sizeof(T) <= sizeof(double));
-  std::memcpy(&exchange[threadIdx.x], &value, sizeof(T));
+  std::memcpy(&exchange[current()], &value, sizeof(T));
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::block_barrier.wait(blockDim.x); }
+inline void __syncthreads() { emulation::block_barriers[blockIdx.x].wait(blockDim.x); }
+
+inline void __threadfence() {}
+
+template <class T>
+T atomicAdd(T* number, T more) {
+  const T before = *number;
+  *number += more;
+  return before;
+}
+
+// Past the cache of a multiprocessor.
+template <class T>
+T __ldcg(const T* from) {
+  emulation::let_others_run();
+  return *from;
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {
   emulation::write(value);
   emulation::wait_for_warp();
-  value = emulation::read<T>(threadIdx.x ^ unsigned(lanes));
+  value = emulation::read<T>(emulation::current() ^ unsigned(lanes));
   emulation::wait_for_warp();
   return value;
 }
@@ -118,7 +141,7 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   emulation::wait_for_warp();
   unsigned votes = 0;
   for (unsigned lane = 0; lane < 32; ++lane) {
-    votes |= unsigned(emulation::read<bool>(threadIdx.x / 32 * 32 + lane)) << lane;
+    votes |= unsigned(emulation::read<bool>(emulation::current() / 32 * 32 + lane)) << lane;
   }
   emulation::wait_for_warp();
   return votes;

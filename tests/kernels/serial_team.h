@@ -12,8 +12,11 @@ class SerialTeam {
     for (int i = 0; i < n; ++i) f(i);
   }
 
+  int first_row(int) const { return 0; }
+  int own_rows(int rows) const { return rows; }
+
   template <class F>
-  void for_each_pair(int rows, int columns, F f) const {
+  void for_each_own(int rows, int columns, F f) const {
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) f(i, j);
     }

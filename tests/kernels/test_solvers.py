@@ -123,14 +123,30 @@ def test_box_without_a_gpu_is_the_reference():
 @pytest.mark.parametrize("size", [1, 31, 64, 205, 600, 1600, NATIVE_MAX_UNKNOWNS])
 @pytest.mark.parametrize("batch", [1, 64, 288])
 def test_launches_fit_the_machine(machine, size, batch):
-    blocks, threads, shared = plan_launch(batch, size, machine)
-    assert threads % 32 == 0 and 32 <= threads <= 1024
-    assert shared + 2600 <= machine.shared_memory_per_block_optin
-    assert shared % 16 == 0
-    assert 1 <= blocks <= batch
-    assert blocks == 1 or blocks * workspace_bytes(size) <= WORKSPACE_BYTES
-    if size == 205 and machine is H200:
-        assert shared >= 4 * 205 * 208  # the whole matrix
+    plan = plan_launch(batch, size, machine)
+    blocks = plan.teams * plan.team_blocks
+    assert plan.threads % 32 == 0 and 32 <= plan.threads <= 1024
+    assert plan.shared_bytes + 2600 <= machine.shared_memory_per_block_optin
+    assert plan.shared_bytes % 16 == 0
+    assert 1 <= plan.teams <= batch
+    assert blocks == 1 or blocks * workspace_bytes(size, plan.team_blocks) <= WORKSPACE_BYTES
+    # All resident at once: they wait for each other.
+    per_processor = min(
+        2048 // plan.threads,
+        machine.regs_per_multiprocessor // (64 * plan.threads),
+        machine.shared_memory_per_multiprocessor // (plan.shared_bytes + 2600),
+    )
+    assert blocks <= machine.multi_processor_count * max(1, per_processor)
+    if size == 205 and machine is H200 and batch > 64:
+        assert plan.team_blocks == 1 and plan.shared_bytes >= 4 * 205 * 208  # the whole matrix
+    if size >= 1600 and batch == 1:
+        assert plan.team_blocks >= 20
+
+
+def test_a_team_is_as_large_as_it_is_asked_to_be():
+    for blocks in (1, 2, 7):
+        assert plan_launch(3, 600, H200, team_blocks=blocks).team_blocks == blocks
+    assert plan_launch(3, 600, H200, team_blocks=1000).team_blocks <= 132
 
 
 def test_unknown_switch_is_refused(monkeypatch):

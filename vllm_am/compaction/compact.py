@@ -29,8 +29,10 @@ from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES, to_device
 __all__ = ["CompactedKV", "FitError", "compact", "evaluate_fit"]
 
 #: Heads whose budgets differ by less than 2^(1/2) are padded to the largest of them: at most twice
-#: the Gram matrix that a head needs.
+#: the Gram matrix that a head needs. On a GPU less than 2: there each bucket costs some four
+#: hundred launches, and padding next to nothing (``benchmarks/results/gpu/gpu_cost.md``).
 BUCKETS_PER_DOUBLING = 2
+BUCKETS_PER_DOUBLING_ON_GPU = 1
 
 #: A head that keeps this share of its keys leaves out those that hardly anybody asks for: a fit
 #: costs most there (t^2), and gains least. One probe, without a committed table: on SmolLM2-135M
@@ -224,7 +226,8 @@ def _fit_alike(
         failures: of the h heads, added to.
     """
     device, heads = problem.keys.device, len(result.keys)
-    for bucket in _buckets(budgets.tolist(), these.nonzero().squeeze(1).tolist()):
+    steps = BUCKETS_PER_DOUBLING if device.type == "cpu" else BUCKETS_PER_DOUBLING_ON_GPU
+    for bucket in _buckets(budgets.tolist(), these.nonzero().squeeze(1).tolist(), steps):
         alike = budgets[bucket]
         size = int(alike.max())
         whole = len(bucket) == len(numbers)  # nothing to be copied
@@ -239,9 +242,9 @@ def _fit_alike(
     return result
 
 
-def _buckets(budgets: list[int], these: list[int]) -> Iterator[list[int]]:
-    """Heads to be fitted together, of ``these``."""
-    sizes = {head: math.floor(math.log2(budgets[head]) * BUCKETS_PER_DOUBLING) for head in these}
+def _buckets(budgets: list[int], these: list[int], steps: int) -> Iterator[list[int]]:
+    """Heads to be fitted together, of ``these``: ``steps`` buckets per doubling of the budget."""
+    sizes = {head: math.floor(math.log2(budgets[head]) * steps) for head in these}
     for size in sorted(set(sizes.values())):
         yield [head for head in these if sizes[head] == size]
 
