@@ -189,11 +189,13 @@ def test_budgets_file_is_read_once(tmp_path):
     path.write_text("not JSON")
     with pytest.raises(CompactionConfigError, match=r"budgets.*path of a JSON file"):
         CompactionConfig.from_dict({"budgets": str(path)})
-    config.check_heads(layers=1, kv_heads=2)
-    with pytest.raises(CompactionConfigError, match="L0H1 does not exist"):
-        config.check_heads(layers=1, kv_heads=1)
+    config.check_heads(layers=[0], kv_heads=2)
+    with pytest.raises(CompactionConfigError, match="L0H1 is not compacted in this model, of 1"):
+        config.check_heads(layers=[0], kv_heads=1)
+    with pytest.raises(CompactionConfigError, match="L0H0 is not compacted"):
+        config.check_heads(layers=[1], kv_heads=2)
     with pytest.raises(CompactionConfigError, match="L1H0 and 1 more of the model's 4 heads"):
-        config.check_heads(layers=2, kv_heads=2)
+        config.check_heads(layers=[0, 1], kv_heads=2)
     path.write_text('{"L0H0": 0.75, "L0H0": 0.25}')
     with pytest.raises(CompactionConfigError, match="'L0H0' is there twice"):
         CompactionConfig.from_dict({"budgets": str(path)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,7 @@ def make_random_model(
     Untied embeddings and a large initialisation: with vLLM's usual dummy weights (or tied
     embeddings) a model repeats one token whatever it is given, and equality tests prove nothing.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(1)
     config = Qwen3Config(
@@ -41,10 +41,74 @@ def make_random_model(
             layer.self_attn.k_norm.weight.mul_(1.5)
             layer.self_attn.o_proj.weight.mul_(3)
     model.save_pretrained(path)
+    _write_tokenizer(path)
+    return path
+
+
+#: Sizes that all of these families share.
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.11,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+def make_family_model(path: Path, family: str, layers: int = 3, **options: Any) -> Path:
+    """Write a small model with random weights.
+
+    Args:
+        family: as transformers' classes are called: "Olmo3" of Olmo3Config, Olmo3ForCausalLM.
+        options: further fields of its configuration.
+    """
+    import transformers
+
+    torch.manual_seed(2)
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, "num_hidden_layers": layers, **options}
+    )
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("self_attn.o_proj.weight"):
+                weight.mul_(3)
+    model.save_pretrained(path)
+    _write_tokenizer(path)
+    return path
+
+
+#: Families of which some layers have a sliding window, with fields of their own.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Gemma3Text": {"query_pre_attn_scalar": 32},
+    "Olmo3": {},
+    "Cohere2": {"logit_scale": 1.0},
+    "Exaone4": {"sliding_window_pattern": 3},
+}
+
+
+def make_hybrid_model(path: Path, family: str, layers: int = 6, window: int = 96) -> Path:
+    """The same, with full attention in every third layer only, from the first on."""
+    kinds = ["sliding_attention" if i % 3 else "full_attention" for i in range(layers)]
+    options = {"sliding_window": window, "layer_types": kinds, **HYBRIDS[family]}
+    return make_family_model(path, family, layers, **options)
+
+
+def _write_tokenizer(path: Path) -> None:
+    """One token per word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(
         path
     )
-    return path

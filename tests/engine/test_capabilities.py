@@ -47,7 +47,7 @@ def supported_config() -> Any:
             get_head_size=lambda: 128,
             get_sliding_window=lambda: None,
             hf_text_config=SimpleNamespace(
-                layer_types=["full_attention"], attn_logit_softcapping=None
+                num_hidden_layers=1, layer_types=["full_attention"], attn_logit_softcapping=None
             ),
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=None, block_size=16),
@@ -59,7 +59,9 @@ def supported_config() -> Any:
             pipeline_parallel_size=2,
             use_ubatching=False,
         ),
-        scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=None, async_scheduling=True, disable_hybrid_kv_cache_manager=True
+        ),
         speculative_config=None,
         kv_transfer_config=None,
     )
@@ -77,6 +79,14 @@ def put(path: str, value: Any) -> Callable[[Any], None]:
     return apply
 
 
+WINDOW = "sliding_attention"
+
+
+def text(**fields: Any) -> SimpleNamespace:
+    """Of a model that has a window."""
+    return SimpleNamespace(num_hidden_layers=2, sliding_window=512, **fields)
+
+
 #: Beginning of the entry's name -> configurations that it refuses.
 CASES: dict[str, list[Callable[[Any], None]]] = {
     "pooling and embedding models": [put("model_config.runner_type", "pooling")],
@@ -87,10 +97,16 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
         put("model_config.is_hybrid", True),
         put("model_config.is_attention_free", True),
     ],
-    "sliding-window attention": [
-        put("model_config.get_sliding_window", lambda: 4096),
+    "attention in chunks": [
         put("model_config.hf_text_config.attention_chunk_size", 8192),
-        put("model_config.hf_text_config.layer_types", ["full_attention", "sliding_attention"]),
+        put("model_config.hf_text_config.layer_types", ["chunked_attention", "full_attention"]),
+    ],
+    "models all of whose layers use a sliding window": [
+        put("model_config.hf_text_config", text(layer_types=["sliding_attention"])),
+        put("model_config.hf_text_config", text(layer_types=None)),
+    ],
+    "layers with a sliding window without vLLM's hybrid manager": [
+        put("model_config.hf_text_config", text(layer_types=["full_attention", WINDOW]))
     ],
     "ALiBi": [put("model_config.uses_alibi", True)],
     "attention logit soft-capping": [put("model_config.hf_text_config.attn_logit_softcapping", 50)],
@@ -211,9 +227,13 @@ def test_every_fix_says_what_to_do(capabilities):
         put("speculative_config", SimpleNamespace(method="ngram")),
         put("cache_config.cache_dtype", "bfloat16"),
         put("model_config.get_head_size", lambda: 80),
-        put("model_config.hf_text_config", SimpleNamespace()),
+        put("model_config.hf_text_config", SimpleNamespace(num_hidden_layers=2)),
+        put(
+            "model_config.hf_text_config",
+            SimpleNamespace(num_hidden_layers=2, sliding_window=None, layer_types=[WINDOW] * 2),
+        ),
     ],
-    ids=["plain", "ngram", "bfloat16", "head-size-80", "bare-hf-config"],
+    ids=["plain", "ngram", "bfloat16", "head-size-80", "bare-hf-config", "windows-turned-off"],
 )
 def test_supported_passes(capabilities, change):
     config = supported_config()
@@ -255,13 +275,44 @@ def test_engine_configuration_refuses(engine_config, arguments, flag, fix):
     assert flag in str(error.value) and fix in str(error.value)
 
 
-def test_sliding_window_model_is_refused(engine_config):
+WINDOWS = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}
+HYBRID = {**WINDOWS, "layer_types": ["full_attention", WINDOW, WINDOW]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "flag", "fix"),
+    [
+        ({**WINDOWS, "layer_types": [WINDOW] * 3}, {}, "a sliding window", "--disable-sliding-"),
+        (HYBRID, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cac", "drop --d"),
+        (
+            HYBRID,
+            {"compaction": {"queries": "repeat-prefill"}},
+            "queries='repeat-prefill'",
+            "use co",
+        ),
+        (HYBRID, {"compaction": {"cache": "on"}}, "--kv-compaction-cache=on", "drop it"),
+        (HYBRID, {"compaction": {"budgets": {"L1H0": 1.0}}}, "budgets: L1H0", "use a budgets file"),
+    ],
+    ids=["all-windows", "no-hybrid-manager", "passes", "cache", "budgets"],
+)
+def test_what_window_layers_rule_out(engine_config, overrides, arguments, flag, fix):
     from vllm_am.engine.capabilities import UnsupportedByCompaction
 
-    windows = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}
-    windows["layer_types"] = ["full_attention", "sliding_attention", "sliding_attention"]
-    with pytest.raises(UnsupportedByCompaction, match="sliding-window attention"):
-        engine_config(hf_overrides=windows)
+    with pytest.raises((UnsupportedByCompaction, CompactionConfigError)) as error:
+        engine_config(hf_overrides=overrides, **arguments)
+    assert flag in str(error.value) and fix in str(error.value)
+
+
+def test_only_layers_with_full_attention_get_our_backend(engine_config):
+    from vllm_am.engine.limits import EngineLimits
+
+    config = engine_config(hf_overrides=HYBRID)
+    assert config.attention_config.backend is None
+    assert {k: b.name for k, b in config.attention_config.backend_per_kind.items()} == {
+        "full_attention": "CUSTOM"
+    }
+    limits = EngineLimits.from_vllm_config(config)
+    assert limits.num_layers == 1 and limits.window_layers and not limits.caches_prefixes
 
 
 @pytest.mark.parametrize(

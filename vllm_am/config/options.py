@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -270,22 +270,23 @@ class CompactionConfig:
         """The share of the reference queries that comes from passes."""
         return sum(f for source, f in self.query_fractions.items() if source in PASS_SOURCES)
 
-    def check_heads(self, layers: int, kv_heads: int) -> None:
+    def check_heads(self, layers: Sequence[int], kv_heads: int) -> None:
         """The heads of a budgets file are the model's, all of them.
+
+        Args:
+            layers: indices of those that are compacted.
 
         Raises:
             CompactionConfigError: naming the first head that the model or the file does not have.
         """
         if isinstance(self.budgets, str):
             return
-        for key in self.budgets:
-            layer, head = map(int, key[1:].split("H"))
-            if layer >= layers or head >= kv_heads:
-                raise CompactionConfigError(
-                    f"--kv-compaction-config budgets: {key} does not exist in this model of "
-                    f"{layers} layers x {kv_heads} KV heads; use a budgets file made for it"
-                )
-        every = [f"L{layer}H{head}" for layer in range(layers) for head in range(kv_heads)]
+        every = [f"L{layer}H{head}" for layer in layers for head in range(kv_heads)]
+        if unknown := sorted(self.budgets.keys() - set(every)):
+            raise CompactionConfigError(
+                f"--kv-compaction-config budgets: {unknown[0]} is not compacted in this model, of "
+                f"{len(layers)} such layers x {kv_heads} KV heads; use a budgets file made for it"
+            )
         if missing := [key for key in every if key not in self.budgets]:
             raise CompactionConfigError(
                 f"--kv-compaction-config budgets: {missing[0]} and {len(missing) - 1} more of the "

@@ -15,6 +15,8 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
+from vllm_am.engine.layers import full_layers, has_window_layers, layer_types
+
 #: Head sizes that FlashAttention and the kernel of the compacted part both take.
 GPU_HEAD_SIZES = range(16, 257, 8)
 
@@ -105,13 +107,26 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve a model whose layers all use full attention, or drop --kv-compaction",
     ),
     Refusal(
-        "sliding-window attention",
+        "attention in chunks (Llama 4)",
         lambda c: (
-            c.model_config.get_sliding_window() is not None
-            or bool(_text_config(c, "attention_chunk_size"))
-            or "sliding_attention" in (_text_config(c, "layer_types") or ())
+            bool(_text_config(c, "attention_chunk_size"))
+            or "chunked_attention" in layer_types(c.model_config.hf_text_config)
         ),
-        "serve a model whose layers all use full attention, or drop --kv-compaction",
+        "serve a model with full or sliding-window attention, or drop --kv-compaction",
+    ),
+    Refusal(
+        "models all of whose layers use a sliding window",
+        lambda c: not full_layers(c.model_config.hf_text_config),
+        "use --disable-sliding-window if your contexts fit in the window, or drop --kv-compaction",
+    ),
+    Refusal(
+        "layers with a sliding window without vLLM's hybrid manager "
+        "(--disable-hybrid-kv-cache-manager)",
+        lambda c: (
+            has_window_layers(c.model_config.hf_text_config)
+            and c.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "drop --disable-hybrid-kv-cache-manager",
     ),
     Refusal("ALiBi", lambda c: bool(c.model_config.uses_alibi), "drop --kv-compaction"),
     Refusal(

@@ -18,6 +18,7 @@ from vllm_am.config import (
     shown,
 )
 from vllm_am.engine.footprint import Footprint, ceil_div
+from vllm_am.engine.layers import full_layers, has_window_layers
 
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
@@ -35,13 +36,16 @@ class EngineLimits:
     block_size: int
     max_model_len: int
     num_layers: int
-    """Layers of one pipeline stage."""
+    """Layers of one pipeline stage that are compacted."""
     queries_per_kv: int
     """Query heads per KV head (the GQA group size)."""
     head_size: int
     in_flight_tokens: int
     prefix_caching: bool = False
     """Whether vLLM caches exact prefixes."""
+    window_layers: bool = False
+    """Whether there are layers beside them that hold a window of the text, in blocks of their own.
+    """
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
@@ -50,7 +54,8 @@ class EngineLimits:
         """
         config = CompactionConfig.from_dict(vllm_config.additional_config[CONFIG_KEY])
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        config.check_heads(model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads())
+        layers = full_layers(model.hf_text_config)
+        config.check_heads(layers, model.get_total_num_kv_heads())
         block_size = vllm_config.cache_config.block_size
         heads = model.get_num_attention_heads(parallel)
         limits = cls(
@@ -58,13 +63,16 @@ class EngineLimits:
             threshold=config.resolve_threshold(model.max_model_len, block_size),
             block_size=block_size,
             max_model_len=model.max_model_len,
-            num_layers=max(1, model.get_num_layers(parallel)),
+            # On average; a stage without any has nothing to do in the slices of the others.
+            num_layers=max(1, len(layers) // parallel.pipeline_parallel_size),
             queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+            window_layers=has_window_layers(model.hf_text_config),
         )
         limits.check_cache()
+        limits.check_passes()
         limits.check_use()
         return limits
 
@@ -73,10 +81,10 @@ class EngineLimits:
         """Whether compacted prefixes are shared by all sequences that begin with them.
 
         They are kept in vLLM's prefix cache. A merge would need reference queries of a prefix that
-        nobody has read again.
+        nobody has read again. Layers with a window would need theirs as it was behind the prefix.
         """
         possible = self.prefix_caching and self.config.merge_slots is None
-        return possible and self.config.cache != "off"
+        return possible and not self.window_layers and self.config.cache != "off"
 
     def check_cache(self) -> None:
         """Refuse a cache that is asked for where there can be none.
@@ -84,11 +92,30 @@ class EngineLimits:
         Raises:
             CompactionConfigError: naming the option that stands in the way.
         """
-        if self.config.cache == "on" and not self.caches_prefixes:
-            other = "merge_slots" if self.prefix_caching else "--no-enable-prefix-caching"
+        if self.config.cache != "on" or self.caches_prefixes:
+            return
+        if self.window_layers:
             raise CompactionConfigError(
-                f"--kv-compaction-cache=on: compacted prefixes cannot be shared with {other}; "
-                "drop one of the two"
+                "--kv-compaction-cache=on: compacted prefixes cannot be shared on models with "
+                "sliding-window layers yet; drop it"
+            )
+        other = "merge_slots" if self.prefix_caching else "--no-enable-prefix-caching"
+        raise CompactionConfigError(
+            f"--kv-compaction-cache=on: compacted prefixes cannot be shared with {other}; "
+            "drop one of the two"
+        )
+
+    def check_passes(self) -> None:
+        """Refuse reference passes where they could not start behind a context.
+
+        Raises:
+            CompactionConfigError: naming the sources.
+        """
+        if self.window_layers and self.config.pass_fraction:
+            raise CompactionConfigError(
+                f"--kv-compaction-config queries={shown(self.config.queries)}: passes cannot be "
+                "read behind a context on models with sliding-window layers yet; use "
+                "context-rotated, context-prefill or random"
             )
 
     def check_use(self) -> None:

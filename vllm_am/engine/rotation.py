@@ -9,13 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_am.config import CompactionConfig
+from vllm_am.engine.layers import full_layers, has_window_layers
 
-#: Kinds of rotation whose angles do not grow in proportion to the position: nothing is moved there.
-UNEVEN = ("longrope",)
+#: Types of models that rotate in their layers with a sliding window alone, where they have any.
+#: Their other layers may have the module for it all the same.
+ROTATED_IN_WINDOWS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 
 
 def has_rotation(text_config: Any, layer: int) -> bool:
-    """Whether a layer is not one of those that the configuration exempts from rotation."""
+    """Whether a layer is not one of those that the model exempts from rotation."""
+    if getattr(text_config, "model_type", None) in ROTATED_IN_WINDOWS:
+        return not has_window_layers(text_config) or layer not in full_layers(text_config)
     rotated = getattr(text_config, "no_rope_layers", None) or []  # 0: the layer has no rotation
     return layer >= len(rotated) or bool(rotated[layer])
 
@@ -28,9 +32,9 @@ def rotates(text_config: Any) -> bool:
             ``rope_parameters`` wherever the model rotates.
     """
     parameters = getattr(text_config, "rope_parameters", None)
-    if not parameters or parameters.get("rope_type") in UNEVEN:
+    if not parameters:
         return False
-    return any(has_rotation(text_config, i) for i in range(text_config.num_hidden_layers))
+    return any(has_rotation(text_config, layer) for layer in full_layers(text_config))
 
 
 def queries_in_effect(config: CompactionConfig, text_config: Any) -> str:

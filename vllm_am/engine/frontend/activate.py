@@ -28,6 +28,7 @@ from vllm_am.engine.classes import (
 )
 from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
+from vllm_am.engine.layers import FULL, full_layers, settle_windows
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.rotation import queries_in_effect
 
@@ -45,6 +46,7 @@ def activate(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedByCompaction, CompactionConfigError: naming the flag and the fix.
     """
+    settle_windows(vllm_config)
     capabilities.check(vllm_config)
     versions.settle_block_size(vllm_config)
     worker_cls = vllm_config.parallel_config.worker_cls
@@ -60,6 +62,10 @@ def activate(vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[async_scheduling]
     vllm_config.parallel_config.worker_cls = classes.worker
     install_backend(classes.attention_backend)
+    if limits.window_layers:  # theirs is the one that vLLM chooses
+        attention = vllm_config.attention_config
+        attention.backend = None
+        attention.backend_per_kind = {FULL: AttentionBackendEnum.CUSTOM}
     metrics.install()
     request_params.install()
     announce(vllm_config, limits)
@@ -72,7 +78,7 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
     least, most = limits.footprint.reached(ratio)
     logger.info(
         "KV compaction is on: attention matching (%s), keeps %.4g of the KV (%.1fx), threshold %s, "
-        "queries %s, %d layers x %d KV heads, last %d and first %d tokens stay exact; in whole "
+        "queries %s, %s layers x %d KV heads, last %d and first %d tokens stay exact; in whole "
         "blocks of %d compacted spans shrink by %.1fx to %.1fx (the custom scheduler class "
         "that vLLM warns of is this plugin's)",
         limits.config.method,
@@ -80,9 +86,7 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         1 / ratio,
         limits.threshold,
         _queries(limits.config, model.hf_text_config),
-        model.get_total_num_hidden_layers()
-        if hasattr(model, "get_total_num_hidden_layers")
-        else limits.num_layers * vllm_config.parallel_config.pipeline_parallel_size,
+        _layers(model.hf_text_config),
         model.get_total_num_kv_heads(),
         limits.config.recent_tokens,
         limits.protected_tokens,
@@ -108,6 +112,12 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         limits.block_size,
         f"--block-size {best} gives {gives[best]:.1f}x; or " if best else "",
     )
+
+
+def _layers(text_config: Any) -> str:
+    """How many are compacted, and of how many where that is not all."""
+    compacted, every = len(full_layers(text_config)), text_config.num_hidden_layers
+    return f"{compacted}" if compacted == every else f"{compacted} of {every}"
 
 
 def _queries(config: CompactionConfig, text_config: Any) -> str:

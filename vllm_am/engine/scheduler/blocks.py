@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.request import Request
 
 from vllm_am.engine.messages import Attachment, Segment
@@ -67,6 +67,8 @@ class CompactingManager(FullAttentionManager):
         self.compacted: dict[str, CompactedBlocks] = {}
         self.targets: dict[int, list[KVCacheBlock]] = {}
         self.cache = CompactCache(self.block_pool, self.kv_cache_group_id, self.block_size)
+        self.windows: Sequence[SlidingWindowManager] = ()
+        """Of the layers that are not compacted."""
         self._found: dict[str, tuple[Entry, ...]] = {}
         self._attached: defaultdict[str, list[int]] = defaultdict(list)
 
@@ -241,7 +243,8 @@ class CompactingManager(FullAttentionManager):
 
     def _file_no_more(self, request_id: str) -> None:
         """As if all its blocks were cached: none that is still to come becomes others' prefix."""
-        self.num_cached_block[request_id] = sys.maxsize
+        for manager in (self, *self.windows):
+            manager.num_cached_block[request_id] = sys.maxsize
 
     def commit_merge(self, job_id: int, request_id: str, segment: Segment) -> None:
         """The segment takes the place of all earlier ones, whose blocks go back to the pool."""
@@ -283,8 +286,9 @@ class CompactingManager(FullAttentionManager):
             AssertionError: naming the first blocks that do not add up.
         """
         owners: Counter[int] = Counter()
-        for blocks in self.req_to_blocks.values():
-            owners.update(b.block_id for b in blocks if not b.is_null)
+        for manager in (self, *self.windows):
+            for blocks in manager.req_to_blocks.values():
+                owners.update(b.block_id for b in blocks if not b.is_null)
         targets = list(self.targets.values())
         for blocks in [*(s.blocks for s in self.compacted.values()), *targets, *other_owners]:
             owners.update(b.block_id for b in blocks)

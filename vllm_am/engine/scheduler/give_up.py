@@ -69,6 +69,6 @@ class Failures:
         options.outgrew += 1
         if options.outgrew == 1:
             return False
-        pool_tokens = self._planner.num_blocks * self._planner.block_size
+        pool_tokens = self._planner.blocks_for_one * self._planner.block_size
         self._journal.unservable(request.request_id, request.num_tokens, pool_tokens)
         return True

@@ -60,13 +60,33 @@ class Planner(Footprint):
     """Usable blocks of the pool."""
     merge_slots: int | None = None
     """Slots per head above which the segments of a sequence are merged; None: never."""
+    window_groups: int = 0
+    """Groups of layers beside those that are compacted, each with blocks of its own."""
+    window_blocks: int = 0
+    """Most blocks that one sequence holds for them, whatever its length."""
 
     @classmethod
-    def of(cls, limits: EngineLimits, num_blocks: int) -> Planner:
+    def of(
+        cls, limits: EngineLimits, num_blocks: int, window_groups: int = 0, window_blocks: int = 0
+    ) -> Planner:
         """The policy of an engine with a pool of ``num_blocks`` usable blocks."""
         return cls(
-            **vars(limits.footprint), num_blocks=num_blocks, merge_slots=limits.config.merge_slots
+            **vars(limits.footprint),
+            num_blocks=num_blocks,
+            merge_slots=limits.config.merge_slots,
+            window_groups=window_groups,
+            window_blocks=window_blocks,
         )
+
+    @property
+    def blocks_for_one(self) -> int:
+        """Most blocks that the layers of one sequence that are compacted can have."""
+        return self.num_blocks - self.window_blocks
+
+    def _blocks_to_grow(self, tokens: int) -> int:
+        """Blocks that a sequence needs for more tokens, in all layers."""
+        blocks = ceil_div(tokens, self.block_size)
+        return blocks + min(self.window_groups * blocks, self.window_blocks)
 
     def merged_blocks(self, slots: int, blocks: int) -> int | None:
         """Blocks to merge all segments of a sequence into; None where that is not due.
@@ -96,11 +116,11 @@ class Planner(Footprint):
             ratio: at which it is compacted.
         """
         beside = self.span_blocks(tokens, ratio) + 1
-        if ceil_div(tokens, self.block_size) + beside <= self.num_blocks:
+        if ceil_div(tokens, self.block_size) + beside <= self.blocks_for_one:
             return tokens
         chunk = ceil_div(min(tokens, self.in_flight_tokens), self.block_size)
         # h blocks and their target: h + ceil(ratio * h).
-        most = int((self.num_blocks - chunk - 2) / (1 + ratio))
+        most = int((self.blocks_for_one - chunk - 2) / (1 + ratio))
         return max(0, most) * self.block_size
 
     def spans(
@@ -155,11 +175,8 @@ class Planner(Footprint):
         """Free blocks that the next step may need, and the smallest target beside them."""
         growth = sum(max(1, s.prompt - s.computed) for s in sequences)
         targets = (self.span_blocks(self.shortest_span(s.ratio), s.ratio) for s in sequences)
-        return (
-            min(growth, self.in_flight_tokens) // self.block_size
-            + len(sequences)
-            + max(targets, default=0)
-        )
+        blocks = min(growth, self.in_flight_tokens) // self.block_size + len(sequences)
+        return blocks * (1 + self.window_groups) + max(targets, default=0)
 
     def _can_wait(self, sequence: SequenceView, free_blocks: int) -> bool:
         """Still in prefill, and the rest of the prompt and its compaction fit beside it."""
@@ -167,7 +184,7 @@ class Planner(Footprint):
         if missing <= 0:
             return False
         target = self.span_blocks(sequence.prompt - sequence.compacted_end, sequence.ratio)
-        return ceil_div(missing, self.block_size) + 1 + target <= free_blocks
+        return self._blocks_to_grow(missing) + 1 + target <= free_blocks
 
     def next_span(self, sequence: SequenceView, free_blocks: int) -> Span | None:
         """The span after the last segment, as long as allowed and as the free blocks can hold."""

@@ -191,14 +191,20 @@ class ReferenceQueries:
         """Blocks that changed hands in this step lose the queries of their former tokens."""
         size, group = self._limits.block_size, self._blocks.kv_cache_group_id
         for new in output.scheduled_new_reqs:
-            self._pool.forget(new.block_ids[group][new.num_computed_tokens // size :])
+            self._forget(new.block_ids, group, new.num_computed_tokens // size)
         cached = output.scheduled_cached_reqs
         for request_id, ids, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             if ids is not None:
                 fresh = computed // size if request_id in cached.resumed_req_ids else 0
-                self._pool.forget(ids[group][fresh:])
+                self._forget(ids, group, fresh)
+
+    def _forget(self, block_ids: Sequence[Sequence[int]], group: int, fresh: int) -> None:
+        """Blocks that a request has got, by KV cache group; in ours, those from ``fresh`` on are
+        new to it. No block of another group has any queries from now on."""
+        for number, ids in enumerate(block_ids):
+            self._pool.forget(ids[fresh:] if number == group else ids)
 
     def sampling(self, request: Request, count: int, rate: float) -> Sampling:
         """What is kept of the ``count`` tokens that a user's request computes in this step.

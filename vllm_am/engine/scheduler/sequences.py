@@ -78,7 +78,7 @@ class Sequences:
                 overrides,
                 request.num_prompt_tokens,
                 request.num_prompt_tokens + request.max_tokens,
-                self._planner.num_blocks,
+                self._planner.blocks_for_one,
             )
         except Exception as error:
             refusal = str(error) or type(error).__name__

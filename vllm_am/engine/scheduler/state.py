@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.limits import EngineLimits
@@ -46,9 +47,10 @@ class CompactionState:
             NotImplementedError: the model has layers of another kind than ours.
         """
         limits = EngineLimits.from_vllm_config(scheduler.vllm_config)
-        blocks = _compacting_manager(scheduler)
+        blocks = _compacting_manager(scheduler, limits.block_size)
         pool = blocks.block_pool
-        planner = Planner.of(limits, pool.num_gpu_blocks - 1)
+        windows = [window.max_admission_blocks_per_request or 0 for window in blocks.windows]
+        planner = Planner.of(limits, pool.num_gpu_blocks - 1, len(windows), sum(windows))
         query_pool = QueryPool(
             capacity=limits.query_pool_positions(pool.num_gpu_blocks),
             block_size=limits.block_size,
@@ -94,13 +96,19 @@ class CompactionState:
         )
 
 
-def _compacting_manager(scheduler: Scheduler) -> CompactingManager:
-    """The manager of the layers that are compacted, which are all of them."""
+def _compacting_manager(scheduler: Scheduler, block_size: int) -> CompactingManager:
+    """The manager of the layers that are compacted; it knows of those of the others."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    if len(managers) != 1 or not isinstance(managers[0], CompactingManager):
+    ours = [manager for manager in managers if isinstance(manager, CompactingManager)]
+    others = [manager for manager in managers if not isinstance(manager, CompactingManager)]
+    windows = [manager for manager in others if isinstance(manager, SlidingWindowManager)]
+    same = {manager.block_size for manager in managers} == {block_size}
+    if len(ours) != 1 or len(others) != len(windows) or not same:
+        found = [f"{type(m.kv_cache_spec).__name__} ({m.block_size})" for m in managers]
         raise NotImplementedError(
-            "--kv-compaction: every attention layer of the model must be a full-attention "
-            "layer served by the compacting manager; this model has "
-            f"{[type(m.kv_cache_spec).__name__ for m in managers]}"
+            "--kv-compaction: attention layers must form one group of full attention and groups "
+            "with a sliding window, all with the same number of KV heads and in blocks of "
+            f"{block_size} tokens; this model has {found}; drop --kv-compaction"
         )
-    return managers[0]
+    ours[0].windows = windows
+    return ours[0]

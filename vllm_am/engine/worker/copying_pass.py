@@ -60,7 +60,7 @@ def find_head_weights(
     room = min(
         scheduler.max_num_batched_tokens,
         model.max_model_len - 1,
-        (blocks.shape[0] - 1) * block_size,
+        (blocks.shape[0] - 1) // state.groups * block_size,
         2 * pool,
     )
     vocabulary = model.get_vocab_size()
@@ -71,9 +71,11 @@ def find_head_weights(
     if len(copied) < LEAST_COPIED_TOKENS:
         return None
     tokens = [beginning, *copied, *copied]
-    block_ids = list(range(1, 1 + ceil_div(len(tokens), block_size)))
+    count = ceil_div(len(tokens), block_size)
+    by_group = [list(range(1 + g * count, 1 + (g + 1) * count)) for g in range(state.groups)]
+    block_ids = by_group[state.group]
     slots = np.arange(len(copied))
-    execute(_step(tokens, block_ids, QuerySample(slots + 1 + len(copied), slots)))
+    execute(_step(tokens, by_group, QuerySample(slots + 1 + len(copied), slots)))
     sample(None)
     ended = SchedulerOutput.make_empty()
     ended.finished_req_ids = {REQUEST_ID}
@@ -94,8 +96,12 @@ def find_head_weights(
     return weights
 
 
-def _step(tokens: list[int], block_ids: list[int], sample: QuerySample) -> SchedulerOutput:
-    """The step of a scheduler in which one request is read, and nothing else happens."""
+def _step(tokens: list[int], block_ids: list[list[int]], sample: QuerySample) -> SchedulerOutput:
+    """The step of a scheduler in which one request is read, and nothing else happens.
+
+    Args:
+        block_ids: of the request, by KV cache group.
+    """
     output = SchedulerOutput.make_empty()
     output.scheduled_new_reqs = [
         NewRequestData(
@@ -104,7 +110,7 @@ def _step(tokens: list[int], block_ids: list[int], sample: QuerySample) -> Sched
             mm_features=[],
             sampling_params=SamplingParams(max_tokens=1, temperature=0, detokenize=False),
             pooling_params=None,
-            block_ids=(block_ids,),
+            block_ids=tuple(block_ids),
             num_computed_tokens=0,
             lora_request=None,
             prefill_token_ids=tokens,

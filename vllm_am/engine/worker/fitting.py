@@ -248,11 +248,13 @@ class Fitting:
         part = fit.part % parts
         layers = range(len(self.queries) * part // parts, len(self.queries) * (part + 1) // parts)
         if fit.part < (passes - 1) * parts:
-            self._measure(layers, fit, progress)
+            if layers:  # a stage of a pipeline may have fewer than others
+                self._measure(layers, fit, progress)
             return
         if part == 0:
             progress.lists = self._divide_pages(fit, progress)
-        self._fit_layers(layers, fit, progress)
+        if layers:
+            self._fit_layers(layers, fit, progress)
 
     def _measure(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
         """Statistics of these layers' heads, before the pages of all heads are divided."""

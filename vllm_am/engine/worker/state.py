@@ -34,6 +34,7 @@ from vllm_am.engine.messages import (
     FitSlice,
     Segment,
 )
+from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker.fitting import Fitting
 from vllm_am.engine.worker.rotary import rotaries
 
@@ -146,6 +147,10 @@ class WorkerState:
     fitting: Fitting
     runner: Any
     """vLLM's model runner, which knows which request is in which row of the batch."""
+    group: int = 0
+    """vLLM's KV cache group of these layers."""
+    groups: int = 1
+    """How many groups there are: each has blocks of its own in the same pool."""
     sequences: dict[str, CompactedSequence] = field(default_factory=dict)
     published: dict[int, tuple[Segment, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     """Segments that sequences to come may attach to, with their page lists."""
@@ -167,8 +172,10 @@ class WorkerState:
         """
         limits = EngineLimits.from_vllm_config(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
-        names = [n for group in kv_cache_config.kv_cache_groups for n in group.layer_names]
-        layers = {name: context[name] for name in names}
+        groups = kv_cache_config.kv_cache_groups
+        # One of them: the scheduler refuses a model that has several.
+        group = [isinstance(g.kv_cache_spec, CompactableAttentionSpec) for g in groups].index(True)
+        layers = {name: context[name] for name in groups[group].layer_names}
         kv = PagedKV.from_layers([layer.kv_cache for layer in layers.values()])
         positions = limits.query_pool_positions(kv_cache_config.num_blocks)
         queries = {
@@ -194,7 +201,7 @@ class WorkerState:
             rotations,
             fit_bytes(kv.pages.device) // FIT_TEMPORARIES,
         )
-        state = cls(limits, layers, kv, queries, fitting, runner)
+        state = cls(limits, layers, kv, queries, fitting, runner, group, len(groups))
         _states[engine_key(vllm_config)] = state
         return state
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_am.engine.limits import BIAS_BYTES, EngineLimits
@@ -74,7 +74,8 @@ class CompactionWorkerMixin(_Base):
 
     def determine_available_memory(self) -> int:
         """Leave room for the bias of every slot, page tables, the query pool, step buffers."""
-        specs = list(super().get_kv_cache_spec().values())
+        # Of the layers that are compacted; those of others take no part in any of this.
+        specs = [s for s in super().get_kv_cache_spec().values() if type(s) is FullAttentionSpec]
         available: int = super().determine_available_memory()
         if not specs:
             return available

@@ -1,0 +1,197 @@
+"""Models of which some layers have a sliding window: the others are compacted, these go on."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+
+import pytest
+
+from tests.engine import driver
+from tests.engine.models import HYBRIDS, make_hybrid_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
+CHUNKED = {"max_num_batched_tokens": 192, "max_num_seqs": 16, "num_gpu_blocks_override": 301}
+WINDOW = 96
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, plugin):
+    """Paths by family, made when they are asked for."""
+    made = {}
+
+    def path(family):
+        if family not in made:
+            made[family] = make_hybrid_model(tmp_path_factory.mktemp(family), family, window=WINDOW)
+        return made[family]
+
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma(models):
+    return models("Gemma3Text")
+
+
+@pytest.fixture(scope="module")
+def asks():
+    return driver.mixed_asks(32, seed=3)
+
+
+@pytest.fixture(scope="module")
+def expected(gemma, asks):
+    with driver.start(gemma) as engine:
+        return engine.run(asks)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_identity(models, family, asks):
+    with driver.start(models(family)) as engine:
+        stock = engine.run(asks[:16])
+    assert len({tuple(output) for output in stock.values()}) > 8
+    with driver.start(models(family), IDENTITY, **CHUNKED) as engine:
+        assert len(engine.scheduler.compaction.blocks.windows) == 2
+        assert len(engine.worker._compaction.layers) == 2
+        assert engine.run(asks[:16]) == stock
+        assert engine.totals.compactions >= 8 and not engine.totals.failures
+        assert engine.used_blocks == 0
+        assert any(engine.cached_tokens.values()), "prefix caching is on and hits"
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_identity_in_a_tight_pool(gemma, asks, expected, force_async):
+    tight = {**CHUNKED, "num_gpu_blocks_override": 101}
+    with driver.start(gemma, IDENTITY, force_async=force_async, **tight) as engine:
+        assert engine.run(asks) == expected
+        assert engine.totals.compactions >= 16 and not engine.totals.failures
+        assert engine.used_blocks == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"v2": True},
+        {"options": {"tensor_parallel_size": 2}},
+        {"options": {"pipeline_parallel_size": 2, "enforce_eager": False}},
+    ],
+    ids=["v2", "tp2", "pp2"],
+)
+def test_identity_in_other_setups(gemma, asks, expected, case):
+    result = driver.run_case(
+        {
+            "model": str(gemma),
+            "asks": [asdict(ask) for ask in asks],
+            "kv_compaction": IDENTITY,
+            "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "options" in case else {},
+            **case,
+            "options": {**CHUNKED, **case.get("options", {})},
+        }
+    )
+    assert result["compactions"] >= 16 and not result["failures"]
+    assert result["used_blocks"] == 0
+    assert result["outputs"] == expected
+
+
+def test_a_quarter_frees_the_blocks_of_the_formula(gemma):
+    """Of the layers that are compacted; the others hold their window whatever happens."""
+    rng = random.Random(0)
+    lengths = (700, 1100, 1500)
+    asks = [driver.Ask(driver.random_prompt(rng, n), 24) for n in lengths]
+    held = {}
+
+    def look(engine, _):
+        blocks = engine.scheduler.compaction.blocks
+        for name in blocks.req_to_blocks:
+            most = max(
+                sum(not b.is_null for b in window.req_to_blocks.get(name, ()))
+                for window in blocks.windows
+            )
+            held[name.partition("-")[0]] = blocks.held_blocks(name), most
+
+    compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "budgets": "global"}
+    with driver.start(gemma, compaction, enable_prefix_caching=False) as engine:
+        engine.before_step = look
+        engine.run(asks)
+        assert engine.totals.compactions == len(lengths) and not engine.totals.failures
+    freed = 0
+    for index, length in enumerate(lengths):
+        span = (length - 32) // 32 * 32 - 32  # behind the protected block, before the recent ones
+        target = -(-span // 4 // 32)
+        freed += span // 32 - target
+        ours, windows = held[str(index)]
+        assert ours == -(-(length + 23) // 32) - span // 32 + target
+        assert windows <= -(-WINDOW // 32) + 1
+    assert engine.totals.blocks_freed == freed
+
+
+def test_a_pool_that_holds_one_sequence_serves_many(gemma):
+    """Sequences are compacted as they go, preempted, and end; nobody waits for ever."""
+    rng = random.Random(1)
+    asks = [driver.Ask(driver.random_prompt(rng, 900 + 100 * i), 30, arrives=i) for i in range(6)]
+    options = {**CHUNKED, "num_gpu_blocks_override": 81}
+    for threshold in (256, "30%"):
+        compaction = {"ratio": 0.1, "threshold": threshold, "recent_tokens": 32}
+        with driver.start(gemma, compaction, **options) as engine:
+            outputs = engine.run(asks)
+            assert all(len(output) == 30 for output in outputs.values())
+            assert engine.totals.compactions >= 1 and engine.used_blocks == 0
+
+
+def test_what_was_computed_over_a_segment_is_nobody_elses_prefix(gemma):
+    """In no group of layers: a request that asks for exact KV gets what stock vLLM gives."""
+    prompt = driver.random_prompt(random.Random(5), 600)
+    off = {"kv_compaction": "off"}
+    compaction = {"ratio": 0.1, "threshold": 128, "recent_tokens": 16}
+    with driver.start(gemma, compaction) as engine:
+        text = engine.run([driver.Ask(prompt, 200)])["0"]
+        assert engine.totals.compactions >= 1
+        longer = driver.Ask((*prompt, *text, 7), 24, off)
+        # The first computes what is missing, and the second finds it.
+        exact = [engine.run([longer], names=name)[f"{name}0"] for name in ("a", "b")]
+        assert engine.cached_tokens["b0"] > len(prompt)
+    with driver.start(gemma) as engine:
+        assert exact == [engine.run([longer])["0"]] * 2
+
+
+def test_a_hit_that_is_cut_short_still_has_its_windows(gemma, monkeypatch):
+    """vLLM's own cut slices, and a window's layers would begin on null blocks."""
+    from vllm_am.engine.scheduler.planner import Planner
+
+    prompt = driver.random_prompt(random.Random(6), 700)
+    asks = [driver.Ask(prompt, 8), driver.Ask((*prompt, 9, 11), 16, arrives=20)]
+    # By default vLLM keeps the window of a prompt's end only, and nothing is left of a shorter hit.
+    dense = {"prefix_cache_retention_interval": 32}
+    with driver.start(gemma, **dense) as engine:
+        stock = engine.run(asks)
+    monkeypatch.setattr(Planner, "longest_hit", lambda *_: 320)
+    with driver.start(gemma, IDENTITY, **dense) as engine:
+        assert engine.run(asks) == stock
+        assert engine.cached_tokens["1"] == 320
+
+
+def test_the_planner_knows_what_the_windows_hold(gemma):
+    """What one sequence can have is what they leave of the pool."""
+    options = {**CHUNKED, "num_gpu_blocks_override": 81}
+    prompt = driver.random_prompt(random.Random(7), 1900)
+    compaction = {"ratio": 0.1, "threshold": 256, "recent_tokens": 32}
+    with driver.start(gemma, compaction, **options) as engine:
+        assert len(engine.run([driver.Ask(prompt, 60)])["0"]) == 60
+        planner = engine.scheduler.compaction.planner
+        assert planner.num_blocks == 80 and planner.window_groups == 2
+        # The window, what a step adds, and a block where neither begins with one.
+        assert planner.window_blocks == 2 * (-(-(WINDOW - 1 + 192) // 32) + 1)
+        assert planner.blocks_for_one == 80 - planner.window_blocks
+
+
+def test_a_window_that_no_sequence_reaches_is_none(tmp_path_factory, tiny_model, asks):
+    """Mistral 7B v0.1: all layers have one of 4,096 tokens."""
+    options = {"hf_overrides": {"use_sliding_window": True, "sliding_window": 4096}}
+    options["hf_overrides"]["layer_types"] = ["sliding_attention"] * 3
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks[:12])
+    with driver.start(tiny_model, IDENTITY, **options) as engine:
+        assert len(engine.worker._compaction.layers) == 3
+        assert engine.run(asks[:12]) == stock
+        assert engine.totals.compactions >= 4
