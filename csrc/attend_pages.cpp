@@ -216,9 +216,11 @@ void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t
   }
 }
 
+// sinks: [heads * group], score of one more key of each query head, whose value is zero; or null.
 template <class T>
 void attend_pages(const Batch& batch, const T* queries, int64_t query_stride, T* out,
-                  int64_t out_stride, int64_t layer, int64_t layer_base, float scale) {
+                  int64_t out_stride, int64_t layer, int64_t layer_base, float scale,
+                  const float* sinks) {
   const auto attend = batch.dim == 64    ? attend_part<T, 64>
                       : batch.dim == 128 ? attend_part<T, 128>
                                          : attend_part<T, 0>;
@@ -268,6 +270,11 @@ void attend_pages(const Batch& batch, const T* queries, int64_t query_stride, T*
         for (int64_t index = parts_from[pair]; index < parts_from[pair + 1]; ++index) {
           largest = std::max(largest, results[results_from[index] + i * record]);
         }
+        if (sinks != nullptr) {
+          const float sink = sinks[head * batch.group + i % batch.group];
+          largest = std::max(largest, sink);
+          mass = exp_nonpositive(sink - largest);
+        }
         T* const to = out + (batch.first[row] + i / batch.group) * out_stride +
                       (head * batch.group + i % batch.group) * batch.dim;
         // The first part becomes the sum of all.
@@ -290,15 +297,17 @@ void attend_pages(const Batch& batch, const T* queries, int64_t query_stride, T*
 extern "C" {
 
 void attend_pages_float32(const Batch* batch, const void* queries, int64_t query_stride, void* out,
-                          int64_t out_stride, int64_t layer, int64_t layer_base, float scale) {
+                          int64_t out_stride, int64_t layer, int64_t layer_base, float scale,
+                          const float* sinks) {
   attend_pages(*batch, static_cast<const float*>(queries), query_stride, static_cast<float*>(out),
-               out_stride, layer, layer_base, scale);
+               out_stride, layer, layer_base, scale, sinks);
 }
 
 void attend_pages_bfloat16(const Batch* batch, const void* queries, int64_t query_stride, void* out,
-                           int64_t out_stride, int64_t layer, int64_t layer_base, float scale) {
+                           int64_t out_stride, int64_t layer, int64_t layer_base, float scale,
+                           const float* sinks) {
   attend_pages(*batch, static_cast<const BFloat16*>(queries), query_stride,
-               static_cast<BFloat16*>(out), out_stride, layer, layer_base, scale);
+               static_cast<BFloat16*>(out), out_stride, layer, layer_base, scale, sinks);
 }
 
 }  // extern "C"

@@ -78,7 +78,15 @@ class PageAttention:
         """Whether a row is for the kernel, and the kernel is there."""
         return row.new <= MOST_NEW and kv.pages.dtype in FUNCTIONS and library() is not None
 
-    def __call__(self, queries: Tensor, out: Tensor, layer: int, *, scale: float) -> None:
+    def __call__(
+        self,
+        queries: Tensor,
+        out: Tensor,
+        layer: int,
+        *,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> None:
         """Attention of all its rows.
 
         Args:
@@ -86,6 +94,7 @@ class PageAttention:
             out: like ``queries``, written at the rows.
             layer: index of the layer.
             scale: factor on the scores; the bias is added after it.
+            sinks: float32 [query heads], contiguous, or None; see the reference.
         """
         compiled = library()
         assert compiled is not None
@@ -101,4 +110,5 @@ class PageAttention:
             layer,
             self.kv.layer_bases[layer],
             scale,
+            0 if sinks is None else sinks.data_ptr(),
         )

@@ -77,7 +77,7 @@ def load() -> Loaded:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         function.argtypes = (
             *(pointer, pointer, number, pointer, number, number, number),
-            ctypes.c_float,
+            *(ctypes.c_float, pointer),
         )
         function.restype = None
     return Loaded(code, f"{torch.backends.cpu.get_cpu_capability()}, {place}")

@@ -43,7 +43,7 @@ def make_rows(kv, lengths, news, compacted):
     return rows
 
 
-def expected(queries, kv, row, layer, scale):
+def expected(queries, kv, row, layer, scale, sinks=None):
     """[new, query heads, D] of one row, head by head."""
     heads, group = kv.num_kv_heads, queries.shape[1] // kv.num_kv_heads
     out = torch.empty(queries.shape)
@@ -61,9 +61,10 @@ def expected(queries, kv, row, layer, scale):
         keys, values = entries.chunk(2, dim=1)
         for member in range(head * group, (head + 1) * group):
             q = queries[row.first : row.last, member]
-            out[row.first : row.last, member] = attend(
-                q, keys, values, bias, scale=scale, mask=sees
-            )[0]
+            one, lse = attend(q, keys, values, bias, scale=scale, mask=sees)
+            if sinks is not None:  # one more key, whose value is zero
+                one = one * torch.sigmoid(lse - sinks[member]).unsqueeze(1)
+            out[row.first : row.last, member] = one
     return out[row.first : row.last]
 
 
@@ -80,14 +81,15 @@ CASES = {
 }
 
 
-def attend_all(queries, kv, rows, layer, scale, kernel):
+def attend_all(queries, kv, rows, layer, scale, kernel, sinks=None):
     """Of a batch, by the compiled kernel or by its reference."""
     out = torch.full_like(queries, torch.nan)
+    options = {"scale": scale, "sinks": sinks}
     if kernel:
-        PageAttention(rows, kv, queries.shape[1])(queries, out, layer, scale=scale)
+        PageAttention(rows, kv, queries.shape[1])(queries, out, layer, **options)
         return out
     for each in group_rows(rows, kv):
-        out[each.queries] = attend_pages(queries[each.queries], kv, each, layer, scale=scale)
+        out[each.queries] = attend_pages(queries[each.queries], kv, each, layer, **options)
     return out
 
 
@@ -123,6 +125,26 @@ def test_equals_attention_over_what_is_held(case, group, dim, kernel, monkeypatc
         for row in rows:
             wanted = expected(queries, kv, row, layer, scale)
             torch.testing.assert_close(out[row.first : row.last], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sinks_are_keys_without_a_value(case, kernel, monkeypatch):
+    """That nothing outweighs, that weigh nothing, that do not exist."""
+    random.seed(len(case))
+    torch.manual_seed(1)
+    monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+    heads, scale = 2, 0.3
+    kv = make_cache(heads, 8)
+    rows = make_rows(kv, *CASES[case])
+    queries = torch.randn(sum(CASES[case][1]), heads * 3, 8)
+    sinks = torch.tensor([0.5, 10.0, -10.0, 200.0, -torch.inf, -1.0])
+    out = attend_all(queries, kv, rows, 1, scale, kernel, sinks)
+    assert out[:, 3].abs().max() < 1e-6
+    for row in rows:
+        wanted = expected(queries, kv, row, 1, scale, sinks)
+        torch.testing.assert_close(out[row.first : row.last], wanted, rtol=1e-5, atol=1e-5)
+    none = attend_all(queries, kv, rows, 1, scale, kernel)
+    torch.testing.assert_close(out[:, 4], none[:, 4], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compacted", [None, 2])

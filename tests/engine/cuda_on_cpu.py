@@ -37,6 +37,7 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor,
     out: torch.Tensor,
     return_softmax_lse: bool = False,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> Any:
     """FlashAttention over a paged cache, row by row, in float64.
@@ -46,6 +47,7 @@ def flash_attn_varlen_func(
         k, v: [blocks, block size, H, D].
         cu_seqlens_q, seqused_k: int32 [rows + 1] and [rows].
         block_table: int32 [rows, width].
+        s_aux: [Hq] or None, score of one more key of each query head, whose value is zero.
 
     Returns:
         out, and with ``return_softmax_lse`` float32 [Hq, tokens]; what is not of any row is NaN.
@@ -66,6 +68,10 @@ def flash_attn_varlen_func(
         scores = queries @ keys[:, None].transpose(2, 3) * softmax_scale  # [H, group, n, length]
         newest = torch.arange(last - first)[:, None] + (length - (last - first))
         scores.masked_fill_(torch.arange(length) > newest, -torch.inf)
+        if s_aux is not None:
+            sinks = s_aux.double().view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+            values = torch.cat((values, torch.zeros_like(values[:, :1])), dim=1)
         attended = scores.softmax(-1) @ values[:, None]
         out[first:last] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         lse[:, first:last] = scores.logsumexp(-1).flatten(0, 1).float()
@@ -92,7 +98,8 @@ def reshape_and_cache_flash(
 # What the module has on a GPU only.
 flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
 flash_attn.reshape_and_cache_flash = reshape_and_cache_flash
-flash_attn.get_flash_attn_version = lambda **_: 2
+flash_attn.get_flash_attn_version = lambda *, has_sinks=False, **_: 3 if has_sinks else 2
+flash_attn.flash_attn_supports_sinks = lambda: True
 # The backend is chosen by worker class: the CPU's worker, the GPU's backend.
 classes.PLATFORM_CLASSES[CPU_WORKER] = dataclasses.replace(
     classes.PLATFORM_CLASSES[CPU_WORKER],

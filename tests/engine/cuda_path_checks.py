@@ -398,14 +398,18 @@ def test_a_batch_larger_than_the_buffers_is_an_error(world):
 # -- the forward pass -----------------------------------------------------------------------------
 
 
-def make_impl(config: Any) -> attention_cuda.CompactionAttentionImpl:
+def make_impl(
+    config: Any, sinks: torch.Tensor | None = None
+) -> attention_cuda.CompactionAttentionImpl:
     with set_current_vllm_config(config):
         return attention_cuda.CompactionAttentionImpl(
-            KV_HEADS * GROUP, DIM, SCALE, KV_HEADS, None, None, "auto"
+            KV_HEADS * GROUP, DIM, SCALE, KV_HEADS, None, None, "auto", sinks=sinks
         )
 
 
-def reference(world: World, layer: int, query: torch.Tensor) -> torch.Tensor:
+def reference(
+    world: World, layer: int, query: torch.Tensor, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The CPU backend's attention on the same state."""
     out, rows, first = torch.zeros_like(query), [], 0
     for request in world.requests:
@@ -417,19 +421,23 @@ def reference(world: World, layer: int, query: torch.Tensor) -> torch.Tensor:
         first = last
     for group in group_rows(rows, world.state.kv):
         out[group.queries] = attend_pages(
-            query[group.queries], world.state.kv, group, layer, scale=SCALE
+            query[group.queries], world.state.kv, group, layer, scale=SCALE, sinks=sinks
         )
     return out
 
 
 @pytest.mark.parametrize("graphs", [0, MAX_TOKENS], ids=["eager", "graphs"])
 @pytest.mark.parametrize("seed", range(6))
-def test_attention_equals_the_cpu_backends(vllm_config, runner, monkeypatch, seed, graphs):
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
+def test_attention_equals_the_cpu_backends(
+    vllm_config, runner, monkeypatch, seed, graphs, with_sinks
+):
+    sinks = torch.linspace(-10, 10, KV_HEADS * GROUP) if with_sinks else None
     world = make_world(vllm_config, runner, monkeypatch, 100 + seed, graphs)
     fill(world, most_new=[1, 3, 40][seed % 3])
     padding = world.rng.randrange(MAX_ROWS - len(world.requests) + 1)
     metadata = world.build(padding)
-    impl = make_impl(vllm_config)
+    impl = make_impl(vllm_config, sinks)
     tokens = sum(r.new for r in world.requests)
     for index, name in enumerate(LAYERS):
         query = torch.randn(tokens + padding, KV_HEADS * GROUP, DIM)
@@ -439,7 +447,7 @@ def test_attention_equals_the_cpu_backends(vllm_config, runner, monkeypatch, see
             setattr(layer, scale, torch.ones(()))
         impl.forward(layer, query, query, query, world.caches[index], metadata, output)
         torch.testing.assert_close(
-            output[:tokens], reference(world, index, query[:tokens]), rtol=1e-5, atol=1e-5
+            output[:tokens], reference(world, index, query[:tokens], sinks), rtol=1e-5, atol=1e-5
         )
         assert (output[tokens:] == 7).all(), "padding was written"
         kept, first = torch.zeros(POOL, KV_HEADS * GROUP, DIM), 0

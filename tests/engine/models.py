@@ -80,6 +80,8 @@ def make_family_model(path: Path, family: str, layers: int = 3, **options: Any) 
         for name, weight in model.named_parameters():
             if name.endswith("self_attn.o_proj.weight"):
                 weight.mul_(3)
+            if name.endswith("self_attn.sinks"):
+                weight.uniform_(-3, 5)
     model.save_pretrained(path)
     _write_tokenizer(path)
     return path
@@ -91,6 +93,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "Olmo3": {},
     "Cohere2": {"logit_scale": 1.0},
     "Exaone4": {"sliding_window_pattern": 3},
+    # Attention sinks, too. vLLM goes by the number of a layer, whatever its type is said to be.
+    "GptOss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
 }
 
 

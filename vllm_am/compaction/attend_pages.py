@@ -131,7 +131,13 @@ def group_rows(rows: Sequence[PagedRow], kv: PagedKV) -> Iterator[PagedRows]:
 
 
 def attend_pages(
-    queries: Tensor, kv: PagedKV, rows: PagedRows, layer: int, *, scale: float
+    queries: Tensor,
+    kv: PagedKV,
+    rows: PagedRows,
+    layer: int,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest tokens of some sequences over all that each of them holds.
 
@@ -139,6 +145,8 @@ def attend_pages(
         queries: [R * new, query heads, D], of the rows in their order.
         layer: index of the layer.
         scale: factor on the scores; the bias is added after it.
+        sinks: float32 [query heads], the score of one more key of each query head, whose value is
+            zero: what a head looks at that has nothing to look for (gpt-oss).
 
     Returns:
         [R * new, query heads, D] in the dtype of ``queries``.
@@ -155,15 +163,31 @@ def attend_pages(
     if count == 1 and not rows.compacted:
         entries = entries[:, :, : int(rows.live_tokens[0])]
     # The bias was fitted in float32, and SDPA wants one dtype for mask and operands.
-    dtype = torch.float32 if rows.compacted else queries.dtype
+    dtype = torch.float32 if rows.compacted or sinks is not None else queries.dtype
     keys, values = entries.to(dtype).split(width // 2, dim=3)
     new = rows.new
     # [R, H, group, new, D]
     grouped = queries.view(count, new, heads, -1, width // 2).permute(0, 2, 3, 1, 4).to(dtype)
+    more = 0
+    if sinks is not None:
+        # One more key in front, the same for all query heads, and one more dimension in which it
+        # alone is not zero: there each query head says what its score is to be.
+        more = 1
+        keys, values = F.pad(keys, (0, 1, 1, 0)), F.pad(values, (0, 1, 1, 0))
+        keys[:, :, 0, -1] = 1
+        # Finite: in that dimension, other keys are to have the score 0.
+        scores = (sinks.clamp(min=-1e30) / scale).view(1, heads, -1, 1, 1)
+        grouped = torch.cat((grouped, scores.expand(*grouped.shape[:4], 1)), dim=4)
+
+    def finish(out: Tensor) -> Tensor:
+        return out[..., : width // 2].reshape(queries.shape).to(queries.dtype)
+
     if new == 1:  # the query heads of a group see the same keys: they are SDPA's query rows
         mask = _mask(kv, rows, layer, 0, 1, entries.shape[2], dtype)
+        if mask is not None:
+            mask = F.pad(mask, (more, 0))
         out = F.scaled_dot_product_attention(grouped.squeeze(3), keys, values, mask, scale=scale)
-        return out.reshape(queries.shape).to(queries.dtype)
+        return finish(out)
     # One SDPA batch entry per sequence and KV head, its group of query heads as SDPA's heads.
     grouped = grouped.flatten(0, 1)
     keys = keys.flatten(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
@@ -176,17 +200,18 @@ def attend_pages(
         visible = int(rows.live_tokens[0]) - new + last if alone else slots
         mask = _mask(kv, rows, layer, first, last, visible, dtype)
         assert mask is not None
+        mask = F.pad(mask, (more, 0))
         if count == 1 and mask.shape[1] == 1:
             mask = mask.view(1, 1, last - first, -1)
         else:
             mask = mask.expand(-1, heads, -1, -1).flatten(0, 1).unsqueeze(1)
-        chunk, seen = grouped[:, :, first:last], slice(visible)
+        chunk, seen = grouped[:, :, first:last], slice(visible + more)
         out = F.scaled_dot_product_attention(
             chunk, keys[:, :, seen], values[:, :, seen], mask, scale=scale
         )
         parts.append(out)
     out = torch.cat(parts, dim=2).unflatten(0, (count, heads))
-    return out.permute(0, 3, 1, 2, 4).reshape(queries.shape).to(queries.dtype)
+    return finish(out.permute(0, 3, 1, 2, 4))
 
 
 def _mask(

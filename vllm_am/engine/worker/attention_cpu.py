@@ -126,6 +126,8 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
 class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
     """Writes the cache head-major, keeps sampled queries, attends with a per-slot bias."""
 
+    sinks: torch.Tensor | None
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,
@@ -167,11 +169,14 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
             state.queries[layer.layer_name][metadata.capture_slots] = query[metadata.capture_rows]
             state.fit_on_policy(layer.layer_name)
         index = state.layer_indices[layer.layer_name]
+        # Once: they are a part of the model, which does not change.
+        if self.sinks is not None and self.sinks.dtype != torch.float32:
+            self.sinks = self.sinks.float().contiguous()
         if metadata.pages is not None:
-            metadata.pages(query, out, index, scale=self.scale)
+            metadata.pages(query, out, index, scale=self.scale, sinks=self.sinks)
         for rows in metadata.groups:
             out[rows.queries] = attend_pages(
-                query[rows.queries], state.kv, rows, index, scale=self.scale
+                query[rows.queries], state.kv, rows, index, scale=self.scale, sinks=self.sinks
             )
         return output
 

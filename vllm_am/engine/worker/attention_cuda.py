@@ -34,7 +34,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_am.engine.capabilities import GPU_HEAD_SIZES
+from vllm_am.engine.capabilities import GPU_HEAD_SIZES, UnsupportedByCompaction
 from vllm_am.engine.worker.live_batch import HostRows, LiveBatch
 from vllm_am.engine.worker.plain_layer import PlainLayer
 from vllm_am.engine.worker.state import WorkerState, worker_state
@@ -188,6 +188,12 @@ class CompactionAttentionImpl(PlainLayer, FlashAttentionImpl):
             # the live ones do not have.
             self.vllm_flash_attn_version = 2
             self.fa4_hd256 = False
+        if self.sinks is not None and self.vllm_flash_attn_version != 3:
+            raise UnsupportedByCompaction(
+                "--kv-compaction does not support attention sinks with FlashAttention "
+                f"{self.vllm_flash_attn_version} yet: serve this model on a Hopper GPU, or drop "
+                "--kv-compaction"
+            )
 
     def forward(
         self,
@@ -238,6 +244,7 @@ class CompactionAttentionImpl(PlainLayer, FlashAttentionImpl):
             scheduler_metadata=metadata.scheduler_metadata,
             num_splits=metadata.max_num_splits,
             fa_version=self.vllm_flash_attn_version,
+            s_aux=self.sinks,  # in the log-sum-exp too, so that it is counted once
         )
         if state.fits_on_policy:  # never in a graph: a reference pass is no decode
             _keep_queries(compacted, query, layer.layer_name)
@@ -314,10 +321,6 @@ class CompactionCUDABackend(FlashAttentionBackend):
 
     @classmethod
     def supports_rswa(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_sink(cls) -> bool:
         return False
 
     @classmethod

@@ -47,7 +47,8 @@ class PlainLayer(_Impl):
             sliding_window=sliding_window,
             soft_capping=logits_soft_cap or None,
             shared_KV_layers=kv_sharing_target_layer_name,
-            attention_sinks=sinks,
             non_decoder_attention=attn_type if attn_type != AttentionType.DECODER else None,
         )
-        super().__init__(num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype)
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype, sinks=sinks
+        )
