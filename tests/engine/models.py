@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def make_random_model(
             layer.self_attn.k_norm.weight.mul_(1.5)
             layer.self_attn.o_proj.weight.mul_(3)
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return path
 
 
@@ -83,7 +84,7 @@ def make_family_model(path: Path, family: str, layers: int = 3, **options: Any) 
             if name.endswith("self_attn.sinks"):
                 weight.uniform_(-3, 5)
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return path
 
 
@@ -109,14 +110,26 @@ def make_hybrid_model(path: Path, family: str, layers: int = 6, window: int = 96
     return make_family_model(path, family, layers, **options)
 
 
-def _write_tokenizer(path: Path) -> None:
-    """One token per word."""
+def write_tokenizer(path: Path, names: Mapping[int, str] | None = None) -> Any:
+    """One token per word.
+
+    Args:
+        names: of tokens that are called otherwise than "w0", "w1" ...; special ones.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    names = names or {}
+    vocabulary = {names.get(i, f"w{i}"): i for i in range(512)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(
-        path
+    words.add_special_tokens(list(names.values()))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="w0",
+        eos_token="w1",
+        additional_special_tokens=list(names.values()),
     )
+    tokenizer.save_pretrained(path)
+    return tokenizer

@@ -42,7 +42,7 @@ def supported_config() -> Any:
             is_hybrid=False,
             is_attention_free=False,
             uses_alibi=False,
-            is_multimodal_model=False,
+            is_mm_prefix_lm=False,
             dtype=torch.bfloat16,
             get_head_size=lambda: 128,
             get_sliding_window=lambda: None,
@@ -110,7 +110,7 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
     ],
     "ALiBi": [put("model_config.uses_alibi", True)],
     "attention logit soft-capping": [put("model_config.hf_text_config.attn_logit_softcapping", 50)],
-    "multimodal models": [put("model_config.is_multimodal_model", True)],
+    "models that attend both ways inside an image": [put("model_config.is_mm_prefix_lm", True)],
     "a quantized KV cache": [
         put("cache_config.cache_dtype", dtype) for dtype in ("fp8", "fp8_e5m2", "int8")
     ],

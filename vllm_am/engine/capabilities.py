@@ -135,9 +135,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "drop --kv-compaction",
     ),
     Refusal(
-        "multimodal models",
-        lambda c: c.model_config.is_multimodal_model,
-        "serve a text-only model, or drop --kv-compaction",
+        "models that attend both ways inside an image (Gemma 3 and others)",
+        lambda c: c.model_config.is_mm_prefix_lm,
+        "use --language-model-only to serve text alone, or drop --kv-compaction",
     ),
     Refusal(
         "a quantized KV cache (--kv-cache-dtype)",

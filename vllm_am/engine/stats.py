@@ -53,6 +53,8 @@ class CompactionStats:
     reference_tokens: int = 0
     reference_shortfalls: int = 0
     merges: int = 0
+    media_requests: int = 0
+    """Requests that stay exact because they bring images, audio or video."""
     cache_queries: int = 0
     cache_hits: int = 0
     cache_hit_tokens: int = 0
@@ -82,6 +84,7 @@ class CompactionStats:
             or self.failures
             or self.reference_tokens
             or self.reference_shortfalls
+            or self.media_requests
             or self.cache_queries
             or self.cache_adoptions
             or self.cache_evictions
@@ -100,6 +103,7 @@ class CompactionStats:
         self.mass_errors += other.mass_errors
         self.reference_tokens += other.reference_tokens
         self.reference_shortfalls += other.reference_shortfalls
+        self.media_requests += other.media_requests
         self.cache_queries += other.cache_queries
         self.cache_hits += other.cache_hits
         self.cache_hit_tokens += other.cache_hit_tokens

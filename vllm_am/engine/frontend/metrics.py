@@ -45,7 +45,8 @@ _GAUGES = {
 }
 
 #: By field of ``CompactionStats``: help of its counter.
-_CACHE_COUNTERS = {
+_COUNTERS = {
+    "media_requests": "Requests left exact because they bring images, audio or video.",
     "cache_queries": "Requests that were looked up in the cache of compacted prefixes.",
     "cache_hits": "Of these, requests that began on a compacted prefix.",
     "cache_hit_tokens": "Tokens that the compacted prefixes stood for.",
@@ -90,9 +91,9 @@ class CompactionMetrics:
             "Compactions whose reference passes were left out or cut short, for want of room.",
             labels,
         )
-        self._cache = {
+        self._counters = {
             field: prometheus_client.Counter(f"vllm:kv_compaction_{field}", text, labels)
-            for field, text in _CACHE_COUNTERS.items()
+            for field, text in _COUNTERS.items()
         }
         self._seconds = prometheus_client.Histogram(
             "vllm:kv_compaction_seconds",
@@ -143,7 +144,7 @@ class CompactionMetrics:
         self._blocks.labels(*labels).inc(stats.blocks_freed)
         self._reference_tokens.labels(*labels).inc(stats.reference_tokens)
         self._reference_shortfalls.labels(*labels).inc(stats.reference_shortfalls)
-        for field, counter in self._cache.items():
+        for field, counter in self._counters.items():
             counter.labels(*labels).inc(getattr(stats, field))
         for reason, count in stats.failures.items():
             self._failures.labels(*labels, reason).inc(count)

@@ -266,6 +266,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         if refusal:
             self.compaction.journal.refused(request.request_id, refusal)
             self._finish_with_error(request, RequestError("validation_error", refusal))
+        elif request.mm_features:
+            self.compaction.journal.count(CompactionStats(media_requests=1))
         self.compaction.sequences.arrived(request)
 
     def _finish_with_error(self, request: Request, error: RequestError) -> None:

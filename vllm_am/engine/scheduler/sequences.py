@@ -85,6 +85,8 @@ class Sequences:
         threshold = overrides.threshold_tokens or self._planner.threshold.tokens
         ratio = overrides.ratio or self._limits.config.ratio
         enabled = overrides.enabled and not refusal and ratio < POINTLESS_RATIO
+        # Not around media either: no span may end within an image.
+        enabled = enabled and not request.mm_features
         cache = enabled and self._limits.caches_prefixes and overrides.cache is not False
         cache = cache and not request.skip_reading_prefix_cache
         size = self._limits.block_size

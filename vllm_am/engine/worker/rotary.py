@@ -68,11 +68,11 @@ def _rotary(model: torch.nn.Module, layer_name: str, device: torch.device) -> Ro
     for module in parent.modules():
         if isinstance(module, RotaryEmbeddingBase | Phi3LongRoPEScaledRotaryEmbedding):
             return _from_table(module, device)
-    for module in model.modules():
-        frequencies = getattr(module, "inv_freq", getattr(module, f"{FULL}_inv_freq", None))
-        if isinstance(frequencies, torch.Tensor):
-            return _from_transformers(module, frequencies, type(parent).__module__, device)
-    return None
+    names = ("inv_freq", f"{FULL}_inv_freq")
+    found = [(m, getattr(m, n)) for m in model.modules() for n in names if hasattr(m, n)]
+    if len(found) != 1:  # a multimodal model has others for its encoders
+        return None
+    return _from_transformers(*found[0], type(parent).__module__, device)
 
 
 @cache
