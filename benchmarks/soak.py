@@ -48,8 +48,8 @@ COMPACTION = [
 ]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
-#: Kinds of processes.
-ENGINE, OTHERS = "engine", "front ends"
+#: Kinds of processes; on a CPU the worker is one of its own.
+ENGINE, WORKER, OTHERS = "engine", "worker", "front ends"
 #: Clients at a time, and the share of requests that are bystanders, wrong, given up.
 CLIENTS, BYSTANDERS, WRONG, ABORTED = 12, 0.2, 0.1, 0.2
 #: Options of the others.
@@ -139,6 +139,8 @@ class Life:
     faults: list[str] = field(default_factory=list)
     memory: list[dict[str, int]] = field(default_factory=list)
     """Bytes by kind of process, every few seconds."""
+    answered: list[int] = field(default_factory=list)
+    """Requests that had been answered at each of these times."""
 
     def fault(self, what: str) -> None:
         self.counts["faults"] += 1
@@ -229,11 +231,12 @@ async def load(
 def memory_of(server: Server) -> dict[str, int]:
     """Resident bytes of the engine's processes and of the others; shared pages count for each."""
     root = psutil.Process(server.pid)
-    total = {ENGINE: 0, OTHERS: 0}
+    total = {ENGINE: 0, WORKER: 0, OTHERS: 0}
     for process in [root, *root.children(recursive=True)]:
         try:
             title = " ".join(process.cmdline())
-            total[ENGINE if "EngineCore" in title else OTHERS] += process.memory_info().rss
+            kind = ENGINE if "EngineCore" in title else WORKER if "Worker" in title else OTHERS
+            total[kind] += process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
     return total
@@ -271,15 +274,31 @@ OF_COMPACTION_AT_REST = (
 )
 
 
-def growth_of(memory: Sequence[int]) -> float:
-    """Bytes by which it grows over the last half, by the medians of that half's own halves.
+def growth_of(readings: Sequence[int]) -> float:
+    """Bytes by which memory grows over some readings, by the medians of their halves.
 
     Single readings would not do: a fit that happens to run adds its temporaries.
     """
-    half = memory[len(memory) // 2 :]
-    middle = len(half) // 2
-    # The medians of the two halves are half of a half apart.
-    return 2 * (statistics.median(half[middle:]) - statistics.median(half[:middle]))
+    middle = len(readings) // 2
+    if not middle:
+        return 0.0
+    # The medians of the two halves are half of all apart.
+    return 2 * (statistics.median(readings[middle:]) - statistics.median(readings[:middle]))
+
+
+def last_half(life: Life) -> list[dict[str, int]]:
+    return life.memory[len(life.memory) // 2 :]
+
+
+def meanwhile(life: Life, other: Life) -> list[dict[str, int]]:
+    """Readings of another server, between as many answers as this one gave in its last half.
+
+    vLLM itself keeps what it has prepared for each number of tokens that a step has had, so that
+    its worker's memory grows with the number of answers, and a slower server's for longer.
+    """
+    first, last = life.answered[len(life.answered) // 2], life.answered[-1]
+    readings = zip(other.answered, other.memory, strict=True)
+    return [memory for answered, memory in readings if first <= answered <= last]
 
 
 async def live(server: Server, seconds: float, seed: int, known: Known, compacting: bool) -> Life:
@@ -292,6 +311,7 @@ async def live(server: Server, seconds: float, seed: int, known: Known, compacti
             started = time.monotonic()
             while True:
                 life.memory.append(memory_of(server))
+                life.answered.append(life.counts["answered"])
                 progress.update(bar, completed=time.monotonic() - started)
                 await asyncio.sleep(2)
 
@@ -319,15 +339,25 @@ def settle(server: Server, life: Life, compacting: bool) -> None:
     life.fault(f"still held: {held}")
 
 
-def row_of(server: Server, life: Life, api_servers: int, seconds: float, compacting: bool) -> Row:
-    """The outcome, for the table."""
+def row_of(
+    server: Server, life: Life, api_servers: int, seconds: float, compacting: bool, stock: Life
+) -> Row:
+    """The outcome, for the table.
+
+    Args:
+        stock: life of a server of stock vLLM under the same load; an empty one where none is known.
+    """
     metrics = server.metrics()
     memory = [sum(reading.values()) for reading in life.memory]
     end = statistics.median(memory[3 * len(memory) // 4 :])
-    growth = growth_of(memory)
+    growth = growth_of([sum(reading.values()) for reading in last_half(life)])
+    of_stock = growth_of([sum(reading.values()) for reading in meanwhile(life, stock)])
     limit = max(GROWTH * end, NOISE << 20)
-    if growth > limit and seconds >= GROWN_UP and compacting:
-        life.fault(f"memory grew by {growth / end:.1%} over the last half")
+    if growth - of_stock > limit and seconds >= GROWN_UP and compacting:
+        life.fault(
+            f"memory grew by {growth / end:.1%} over the last half, and by "
+            f"{(growth - of_stock) / end:.1%} more than that of stock vLLM"
+        )
     for line in server.log_lines("ERROR")[:5]:
         life.fault(f"log: {line[:200]}")
     return {
@@ -344,17 +374,18 @@ def row_of(server: Server, life: Life, api_servers: int, seconds: float, compact
         "most, MiB": max(memory) >> 20,
         "grown, MiB": round(growth / 2**20),
         **{
-            f"of it {kind}": round(growth_of([reading[kind] for reading in life.memory]) / 2**20)
-            for kind in (ENGINE, OTHERS)
+            f"of it {kind}": round(growth_of([each[kind] for each in last_half(life)]) / 2**20)
+            for kind in (ENGINE, WORKER, OTHERS)
         },
+        "stock grew, MiB": round(of_stock / 2**20) if compacting and stock.memory else "",
         "faults": life.counts["faults"],
     }
 
 
 def soak(
-    api_servers: int, seconds: float, seed: int, known: Known, compacting: bool
+    api_servers: int, seconds: float, seed: int, known: Known, compacting: bool, stock: Life
 ) -> tuple[Row, Life]:
-    """One server's life."""
+    """One server's life; ``stock``: that of stock vLLM."""
     flags = [*SERVER, *(COMPACTION if compacting else ())]
     if api_servers > 1:
         flags += ["--api-server-count", str(api_servers)]
@@ -366,7 +397,7 @@ def soak(
         life = asyncio.run(live(server, seconds, seed, known, compacting))
         try:
             settle(server, life, compacting)
-            return row_of(server, life, api_servers, seconds, compacting), life
+            return row_of(server, life, api_servers, seconds, compacting, stock), life
         except (httpx.HTTPError, ServerError):
             # What it said first, before the folder goes.
             typer.echo("\n".join(server.log_lines("ERROR")[:FIRST_LINES]), err=True)
@@ -390,8 +421,11 @@ def main(
     known = stock_answers()
     rows, faults = [], []
     counts = api_servers or [1]
+    lives: dict[int, Life] = {}
     for compacting, count in [*((False, n) for n in counts if stock), *((True, n) for n in counts)]:
-        row, life = soak(count, seconds, seed, known, compacting)
+        row, life = soak(count, seconds, seed, known, compacting, lives.get(count, Life()))
+        if not compacting:
+            lives[count] = life
         rows.append(row)
         faults += [f"{row['server']}, {count} API servers: {what}" for what in life.faults]
     notes = [
@@ -400,10 +434,12 @@ def main(
         f"(HTTP 400) and {ABORTED:.0%} given up; a pool of {BLOCKS - 1} blocks of {BLOCK} tokens.",
         "A fault is an answer that is not what was asked for, a gauge that is not back at zero, an "
         f"ERROR line in the log, or memory that grew by more than {GROWTH:.0%} and {NOISE} MiB "
-        f"over the last half (of {GROWN_UP} seconds or more).",
+        f"over the last half (of {GROWN_UP} seconds or more), beyond what stock vLLM's grew by.",
         "Resident memory of all processes, shared pages once for each: the median of the last "
         "quarter, the most at any time, and by how much the last half grew, by the medians of its "
-        "own halves.",
+        "own halves; `stock grew`: the server without compaction, between as many answers as the "
+        "compacting one gave in its last half. vLLM's worker keeps what it has prepared for each "
+        "number of tokens of a step, so it grows with the answers until it has seen them all.",
         *faults,
     ]
     Report("soak", "A server's life under everything that clients do", rows, notes).write(folder)

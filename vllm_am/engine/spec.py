@@ -6,6 +6,7 @@ the pool and groups the layers by it; its blocks are managed by ``scheduler/bloc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,24 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
+from vllm_am.engine.capabilities import UnsupportedByCompaction
 from vllm_am.engine.classes import register_cache_spec
+
+
+def check_alike(specs: Iterable[KVCacheSpec]) -> None:
+    """Refuse models whose compactable layers differ: a page may serve any head of any of them.
+
+    Raises:
+        UnsupportedByCompaction: naming in what they differ.
+    """
+    ours = [spec for spec in specs if isinstance(spec, CompactableAttentionSpec)]
+    for field, name in (("num_kv_heads", "numbers of KV heads"), ("head_size", "head sizes")):
+        values = sorted({getattr(spec, field) for spec in ours})
+        if len(values) > 1:
+            raise UnsupportedByCompaction(
+                f"--kv-compaction does not support full-attention layers with different {name} "
+                f"({', '.join(map(str, values))}) yet: drop --kv-compaction"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_am.engine.limits import BIAS_BYTES, EngineLimits
 from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport
-from vllm_am.engine.spec import CompactableAttentionSpec
+from vllm_am.engine.spec import CompactableAttentionSpec, check_alike
 from vllm_am.engine.worker.copying_pass import find_head_weights
 from vllm_am.engine.worker.state import WorkerState, fit_bytes
 
@@ -70,7 +70,9 @@ class CompactionWorkerMixin(_Base):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         peak = EngineLimits.from_vllm_config(self.vllm_config).peak_tokens
         specs = super().get_kv_cache_spec()
-        return {name: CompactableAttentionSpec.from_spec(s, peak) for name, s in specs.items()}
+        ours = {name: CompactableAttentionSpec.from_spec(s, peak) for name, s in specs.items()}
+        check_alike(ours.values())
+        return ours
 
     def determine_available_memory(self) -> int:
         """Leave room for the bias of every slot, page tables, the query pool, step buffers."""
