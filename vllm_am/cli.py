@@ -82,6 +82,22 @@ def budgets(
 
 
 @app.command()
+def models() -> None:
+    """List the families of models that compaction is proven on.
+
+    Others are served too where nothing is known to stand in the way; what does is refused at
+    startup by name.
+    """
+    from vllm_am.engine.families import FAMILIES
+
+    listed = Table("models", "model_type", "layers that are compacted", "")
+    for family in FAMILIES:
+        kinds = ", ".join(family.model_types)
+        listed.add_row(family.name, kinds, family.compacted, family.note)
+    console.print(listed)
+
+
+@app.command()
 def build() -> None:
     """Compile the attention kernel of CPUs now, into the cache folder where servers look for it.
 

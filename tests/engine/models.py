@@ -76,7 +76,8 @@ def make_family_model(path: Path, family: str, layers: int = 3, **options: Any) 
     config = getattr(transformers, f"{family}Config")(
         **{**SIZES, "num_hidden_layers": layers, **options}
     )
-    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
+    name = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family.removesuffix('Text')}ForCausalLM")
+    model = getattr(transformers, name)(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("self_attn.o_proj.weight"):

@@ -16,6 +16,8 @@ import torch
 from tests.engine import driver
 from tests.engine.models import SIZES, write_tokenizer
 
+#: Classes of transformers.
+CLASSES = ("Qwen2_5_VL", "Qwen3VL", "Gemma3", "Mistral3")
 IMAGE, VIDEO, BEGIN, END = 510, 511, 509, 508
 #: Of the tokens that stand for media, in Qwen's classes.
 MEDIA_TOKENS = {

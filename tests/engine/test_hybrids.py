@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from tests.engine import driver
-from tests.engine.models import HYBRIDS, make_hybrid_model
+from tests.engine.models import make_hybrid_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -18,21 +18,8 @@ WINDOW = 96
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, plugin):
-    """Paths by family, made when they are asked for."""
-    made = {}
-
-    def path(family):
-        if family not in made:
-            made[family] = make_hybrid_model(tmp_path_factory.mktemp(family), family, window=WINDOW)
-        return made[family]
-
-    return path
-
-
-@pytest.fixture(scope="module")
-def gemma(models):
-    return models("Gemma3Text")
+def gemma(tmp_path_factory, plugin):
+    return make_hybrid_model(tmp_path_factory.mktemp("gemma"), "Gemma3Text", window=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +33,16 @@ def expected(gemma, asks):
         return engine.run(asks)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
-def test_identity(models, family, asks):
-    with driver.start(models(family)) as engine:
-        stock = engine.run(asks[:16])
-    assert len({tuple(output) for output in stock.values()}) > 8
-    with driver.start(models(family), IDENTITY, **CHUNKED) as engine:
-        groups, layers = (1, 3) if family == "GptOss" else (2, 2)
-        assert len(engine.scheduler.compaction.blocks.windows) == groups
-        assert len(engine.worker._compaction.layers) == layers
-        assert engine.run(asks[:16]) == stock
-        assert engine.totals.compactions >= 8 and not engine.totals.failures
-        assert engine.used_blocks == 0
-        assert any(engine.cached_tokens.values()), "prefix caching is on and hits"
-
-
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
 def test_identity_in_a_tight_pool(gemma, asks, expected, force_async):
     tight = {**CHUNKED, "num_gpu_blocks_override": 101}
     with driver.start(gemma, IDENTITY, force_async=force_async, **tight) as engine:
+        assert len(engine.scheduler.compaction.blocks.windows) == 2
+        assert len(engine.worker._compaction.layers) == 2
         assert engine.run(asks) == expected
         assert engine.totals.compactions >= 16 and not engine.totals.failures
         assert engine.used_blocks == 0
+        assert any(engine.cached_tokens.values()), "prefix caching is on and hits"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.fresh_process import environment, run_fresh
 from benchmarks.real_models.packages import cache_folder
+from tests.engine.multimodal_case import CLASSES
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -41,7 +42,7 @@ def variables():
     }
 
 
-@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL", "Gemma3", "Mistral3"])
+@pytest.mark.parametrize("family", CLASSES)
 def test_texts_are_compacted(family, variables):
     """With nothing but the language model; Gemma 3's has windows, Qwen's rotates by three axes."""
     case = {"family": family, "media": False}

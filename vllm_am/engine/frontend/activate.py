@@ -26,6 +26,7 @@ from vllm_am.engine.classes import (
     install_backend,
     platform_classes,
 )
+from vllm_am.engine.families import is_proven
 from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
 from vllm_am.engine.layers import FULL, full_layers, settle_windows
@@ -94,6 +95,12 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         least,
         most,
     )
+    if not is_proven(model.hf_config):
+        logger.warning(
+            "KV compaction: models of type %s are not among those it is proven on "
+            "(`vllm-am models` lists them)",
+            model.hf_config.model_type,
+        )
     if ratio == 1:
         logger.warning(
             "KV compaction: --kv-compaction-ratio 1 keeps everything, so only requests that bring "
