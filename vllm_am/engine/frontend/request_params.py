@@ -4,9 +4,10 @@ vLLM symbols touched, wrapped when compaction is on: ``v1.engine.async_llm.Async
 which the endpoints of the API servers call before they answer (all but one,
 ``entrypoints.openai.responses.serving.OpenAIServingResponses``, whose own method is wrapped), and
 ``v1.engine.input_processor.InputProcessor.process_inputs``, which all other ways to make a request
-come through. Why: ``vllm_xargs`` are passed through unchecked; a custom logits processor could
-validate them, but would cost a pass over the logits of every step and never sees the prompt. They
-can go when plugins can validate requests.
+come through; ``entrypoints.anthropic.serving.AnthropicServingMessages.create_messages``, whose
+caller would log a traceback for each refusal. Why: ``vllm_xargs`` are passed through unchecked; a
+custom logits processor could validate them, but would cost a pass over the logits of every step and
+never sees the prompt. They can go when plugins can validate requests.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from vllm_am.config import CONFIG_KEY, CompactionConfigError, RequestOverrides
 from vllm_am.engine.limits import EngineLimits
 
 
+class RefusedOption(VLLMValidationError):
+    """A request's own option is wrong."""
+
+
 def check(vllm_config: VllmConfig, params: Any, prompt_tokens: int) -> None:
     """Refuse a request whose options are wrong, or let it outgrow the whole KV pool.
 
@@ -31,7 +36,7 @@ def check(vllm_config: VllmConfig, params: Any, prompt_tokens: int) -> None:
         prompt_tokens: 0 where the prompt has not been tokenized.
 
     Raises:
-        VLLMValidationError: naming the field.
+        RefusedOption: naming the field.
     """
     try:
         overrides = RequestOverrides.from_extra_args(getattr(params, "extra_args", None))
@@ -44,7 +49,7 @@ def check(vllm_config: VllmConfig, params: Any, prompt_tokens: int) -> None:
             limits.check_request(overrides, prompt_tokens or None, tokens, usable)
     except CompactionConfigError as error:
         field = str(error).partition("=")[0].partition(":")[0]
-        raise VLLMValidationError(str(error), parameter=field) from None
+        raise RefusedOption(str(error), parameter=field) from None
 
 
 def install() -> None:
@@ -74,7 +79,9 @@ def install() -> None:
 
 
 def install_in_api_server() -> None:
-    """The same for the one endpoint that calls the engine when its answer has begun."""
+    """The same for the one endpoint that calls the engine when its answer has begun; and what is
+    refused is an answer, not a failure, where the endpoint would log it as one."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     if hasattr(OpenAIServingResponses, "_kv_compaction_installed"):
@@ -90,6 +97,16 @@ def install_in_api_server() -> None:
         return generates(self, *args, **kwargs)
 
     OpenAIServingResponses._generate_with_builtin_tools = _generate_with_builtin_tools
+    creates = AnthropicServingMessages.create_messages
+
+    @functools.wraps(creates)
+    async def create_messages(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await creates(self, *args, **kwargs)
+        except RefusedOption as refused:
+            return self.create_error_response(refused)
+
+    AnthropicServingMessages.create_messages = create_messages
 
 
 def _length(prompt: Any) -> int:
