@@ -293,7 +293,7 @@ HYBRID = {**WINDOWS, "layer_types": ["full_attention", WINDOW, WINDOW]}
         (HYBRID, {"compaction": {"cache": "on"}}, "--kv-compaction-cache=on", "drop it"),
         (HYBRID, {"compaction": {"budgets": {"L1H0": 1.0}}}, "budgets: L1H0", "use a budgets file"),
     ],
-    ids=["all-windows", "no-hybrid-manager", "passes", "cache", "budgets"],
+    ids=["all-windows", "no-hybrid-manager", "cache", "budgets"],
 )
 def test_what_window_layers_rule_out(engine_config, overrides, arguments, flag, fix):
     from vllm_am.engine.capabilities import UnsupportedByCompaction

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from tests.engine import driver
 from tests.engine.models import make_hybrid_model
@@ -171,3 +172,55 @@ def test_a_window_that_no_sequence_reaches_is_none(tmp_path_factory, tiny_model,
         assert len(engine.worker._compaction.layers) == 3
         assert engine.run(asks[:12]) == stock
         assert engine.totals.compactions >= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 141}], ids=["roomy", "tight"])
+def test_passes_start_on_windows_that_have_moved_on(gemma, options):
+    """Nobody's answer changes, and every block finds its way back."""
+    asks = [replace(ask, max_tokens=60) for ask in driver.mixed_asks(14, seed=9)]
+    with driver.start(gemma) as engine:
+        expected = engine.run(asks)
+    compaction = {**IDENTITY, "queries": {"repeat-prefill": 1, "context-rotated": 1}}
+    with driver.start(gemma, compaction, **{**CHUNKED, **options}) as engine:
+        assert engine.run(asks) == expected
+        totals = engine.totals
+        assert totals.compactions >= 8 and not totals.failures and totals.reference_tokens > 0
+        assert totals.reference_shortfalls < totals.compactions
+        assert engine.used_blocks == 0
+
+
+def test_a_pass_looks_for_what_a_continuation_would(gemma):
+    """In a layer whose queries depend on those with a window: as if the text had gone on."""
+    prompt = driver.random_prompt(random.Random(8), 500)
+    compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "queries": "repeat-prefill"}
+    with driver.start(gemma, compaction, enable_prefix_caching=False) as engine:
+        layer, seen, texts = list(engine.worker._compaction.layers.values())[1], [], []
+        forward = layer.impl.forward
+
+        def look(module, query, *args, **kwargs):
+            seen.append(query.clone())
+            return forward(module, query, *args, **kwargs)
+
+        starts = engine.scheduler._start_pass
+
+        def start(study, plan):
+            pass_id = starts(study, plan)
+            texts.append((tuple(engine.scheduler.requests[pass_id].all_token_ids), study.end))
+            return pass_id
+
+        layer.impl.forward, engine.scheduler._start_pass = look, start
+        engine.run([driver.Ask(prompt, 12)])
+        assert engine.totals.compactions == 1 and not engine.totals.reference_shortfalls
+        of_passes = list(seen)
+        for text, end in texts:
+            seen.clear()
+            engine.run([driver.Ask(text, 1, {"kv_compaction": "off"})], names="alone")
+            wanted = seen[0][end : len(text)]
+            assert len(wanted) > 100
+            places = [
+                query[first : first + len(wanted)]
+                for query in of_passes
+                for first in range(len(query) - len(wanted) + 1)
+            ]
+            assert any(torch.allclose(place, wanted, atol=1e-3, rtol=1e-3) for place in places)
+        assert texts and engine.used_blocks == 0

@@ -72,7 +72,6 @@ class EngineLimits:
             window_layers=has_window_layers(model.hf_text_config),
         )
         limits.check_cache()
-        limits.check_passes()
         limits.check_use()
         return limits
 
@@ -104,19 +103,6 @@ class EngineLimits:
             f"--kv-compaction-cache=on: compacted prefixes cannot be shared with {other}; "
             "drop one of the two"
         )
-
-    def check_passes(self) -> None:
-        """Refuse reference passes where they could not start behind a context.
-
-        Raises:
-            CompactionConfigError: naming the sources.
-        """
-        if self.window_layers and self.config.pass_fraction:
-            raise CompactionConfigError(
-                f"--kv-compaction-config queries={shown(self.config.queries)}: passes cannot be "
-                "read behind a context on models with sliding-window layers yet; use "
-                "context-rotated, context-prefill or random"
-            )
 
     def check_use(self) -> None:
         """Refuse options by which no sequence could ever be compacted.

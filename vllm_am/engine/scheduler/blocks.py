@@ -253,14 +253,47 @@ class CompactingManager(FullAttentionManager):
         state.segments = [segment]
         self.block_pool.free_blocks(reversed(merged))
 
-    def share_prefix(self, parent_id: str, request_id: str, tokens: int) -> None:
+    def hold_windows(self, request_id: str, tokens: int) -> list[list[KVCacheBlock]] | None:
+        """Blocks that layers with a window need to go on behind the first ``tokens`` (whole blocks)
+        of a sequence, by group: its own, held once more. None where its window has moved on."""
+        held = []
+        for manager in self.windows:
+            first = max(0, tokens - manager.sliding_window + 1) // self.block_size
+            blocks = manager.req_to_blocks[request_id][first : tokens // self.block_size]
+            if any(block.is_null for block in blocks):
+                return None
+            held.append(list(blocks))
+        for blocks in held:
+            self.block_pool.touch(blocks)
+        return held
+
+    def let_windows_go(self, held: Sequence[Sequence[KVCacheBlock]]) -> None:
+        """What :meth:`hold_windows` has held."""
+        for blocks in held:
+            self.block_pool.free_blocks(reversed(blocks))
+
+    def share_prefix(
+        self,
+        parent_id: str,
+        request_id: str,
+        tokens: int,
+        windows: Sequence[Sequence[KVCacheBlock]],
+    ) -> None:
         """A new sequence begins with the first ``tokens`` (whole blocks) of another one.
 
         It shares the exact blocks; the compacted ones stay the parent's alone, which outlives it.
+
+        Args:
+            windows: see :meth:`hold_windows`.
         """
-        blocks = self.req_to_blocks[parent_id][: tokens // self.block_size]
+        count = tokens // self.block_size
+        blocks = self.req_to_blocks[parent_id][:count]
         self.block_pool.touch([block for block in blocks if not block.is_null])
         self.req_to_blocks[request_id] = blocks
+        for manager, held in zip(self.windows, windows, strict=True):
+            self.block_pool.touch(held)
+            gone = [self._null_block] * (count - len(held))
+            manager.req_to_blocks[request_id] = [*gone, *held]
         self._file_no_more(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -83,7 +83,7 @@ class Planner(Footprint):
         """Most blocks that the layers of one sequence that are compacted can have."""
         return self.num_blocks - self.window_blocks
 
-    def _blocks_to_grow(self, tokens: int) -> int:
+    def blocks_to_grow(self, tokens: int) -> int:
         """Blocks that a sequence needs for more tokens, in all layers."""
         blocks = ceil_div(tokens, self.block_size)
         return blocks + min(self.window_groups * blocks, self.window_blocks)
@@ -184,7 +184,7 @@ class Planner(Footprint):
         if missing <= 0:
             return False
         target = self.span_blocks(sequence.prompt - sequence.compacted_end, sequence.ratio)
-        return self._blocks_to_grow(missing) + 1 + target <= free_blocks
+        return self.blocks_to_grow(missing) + 1 + target <= free_blocks
 
     def next_span(self, sequence: SequenceView, free_blocks: int) -> Span | None:
         """The span after the last segment, as long as allowed and as the free blocks can hold."""

@@ -98,7 +98,10 @@ class ReferencePassMixin(Scheduler):
             positions=self.compaction.limits.sample_positions,
         )
         target = ceil_div(span.slots, self.compaction.limits.block_size)
-        study = Study(parent, span, target, deque(plans), cut_short=not plans)
+        windows = self.compaction.blocks.hold_windows(parent.request_id, span.end)
+        if windows is None:
+            plans, windows = [], []
+        study = Study(parent, span, target, deque(plans), windows, cut_short=not plans)
         if self.compaction.config.on_policy:
             study.waiting = deque(plan for plan in plans if plan.answer_tokens)
             study.together = [plan for plan in plans if not plan.answer_tokens]
@@ -112,6 +115,7 @@ class ReferencePassMixin(Scheduler):
             return
         for pass_id in list(study.running):
             self._end_pass(pass_id)
+        self.compaction.blocks.let_windows_go(study.windows)
         for owners in study.owners.values():
             self.compaction.query_pool.forget(owners)
 
@@ -226,22 +230,25 @@ class ReferencePassMixin(Scheduler):
 
     def _has_blocks(self, end: int, *plans: PassPlan) -> bool:
         """These passes fit beside what users, compactions and running passes will need."""
-        spoken_for = len(self.running) + sum(s.target_blocks for s in self.studies.values())
-        spoken_for += sum(self._blocks_to_come(pass_id) for pass_id in self.passes)
+        groups = 1 + len(self.compaction.blocks.windows)
+        blocks = len(self.running) + sum(self._own_blocks(end, plan) for plan in plans)
+        blocks += sum(self._blocks_to_come(pass_id) for pass_id in self.passes)
+        targets = sum(s.target_blocks for s in self.studies.values())
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        own = sum(self._own_blocks(end, plan) for plan in plans)
-        return own + spoken_for + self._blocks_awaited() <= free
+        return groups * blocks + targets + self._blocks_awaited() <= free
 
     def _blocks_awaited(self) -> int:
         """Blocks that the first user in the queue asks for, without what the prefix cache has."""
         if not self.waiting:
             return 0
         size = self.compaction.limits.block_size
-        needed = ceil_div(self.waiting.peek_request().num_tokens, size)
-        most = self.compaction.blocks.max_admission_blocks_per_request
-        return needed if most is None else min(needed, most)
+        needed = self.waiting.peek_request().num_tokens
+        if (most := self.compaction.blocks.max_admission_blocks_per_request) is not None:
+            needed = min(needed, most * size)
+        return self.compaction.planner.blocks_to_grow(needed)
 
     def _own_blocks(self, end: int, plan: PassPlan) -> int:
+        """Of a pass, in each group of layers."""
         size = self.compaction.limits.block_size
         return ceil_div(end + plan.length + self.num_lookahead_tokens, size) - end // size
 
@@ -277,7 +284,7 @@ class ReferencePassMixin(Scheduler):
         study.running[pass_id] = plan
         self.passes[pass_id] = study
         self.requests[pass_id] = request
-        self.compaction.blocks.share_prefix(parent.request_id, pass_id, end)
+        self.compaction.blocks.share_prefix(parent.request_id, pass_id, end, study.windows)
         return pass_id
 
     def _end_pass(self, pass_id: str) -> None:

@@ -355,7 +355,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         """
         deferred: deque[tuple[int, list[Any]]] = self.deferred_frees
         jobs = self.compaction.jobs.running
-        self.compaction.blocks.check(blocks for _, blocks in deferred)
+        held = [blocks for study in self.studies.values() for blocks in study.windows]
+        self.compaction.blocks.check([*(blocks for _, blocks in deferred), *held])
         self.compaction.query_pool.check()
         self.check_passes()
         if set(jobs) - {r.request_id for r in self.running}:

@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from vllm_am.config import CompactionConfig
+from vllm_am.engine.footprint import ceil_div
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.commit import Commits
@@ -48,6 +49,8 @@ class CompactionState:
         """
         limits = EngineLimits.from_vllm_config(scheduler.vllm_config)
         blocks = _compacting_manager(scheduler, limits.block_size)
+        if limits.config.pass_fraction:
+            _retain_windows(blocks, limits)
         pool = blocks.block_pool
         windows = [window.max_admission_blocks_per_request or 0 for window in blocks.windows]
         planner = Planner.of(limits, pool.num_gpu_blocks - 1, len(windows), sum(windows))
@@ -94,6 +97,16 @@ class CompactionState:
             cache_blocks_used=sum(ours),
             cache_blocks_free=len(ours) - sum(ours),
         )
+
+
+def _retain_windows(blocks: CompactingManager, limits: EngineLimits) -> None:
+    """Layers with a window keep what passes need, which start behind the span that is compacted:
+    before the recent tokens, where a block begins, some steps later."""
+    more = limits.config.recent_tokens + 2 * limits.block_size
+    for window in blocks.windows:
+        window.extra_retained_tokens += more
+        if window.max_admission_blocks_per_request is not None:
+            window.max_admission_blocks_per_request += ceil_div(more, limits.block_size)
 
 
 def _compacting_manager(scheduler: Scheduler, block_size: int) -> CompactingManager:

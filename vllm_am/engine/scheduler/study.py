@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_am.engine.scheduler.planner import Span
@@ -21,6 +22,9 @@ class Study:
     target_blocks: int
     """Blocks that its compaction will need: passes leave them free."""
     waiting: deque[PassPlan]
+    windows: list[list[KVCacheBlock]]
+    """By group of layers with a window, what of it they need at the end of the span: held until the
+    study is over, as the parent's own window moves on."""
     together: list[PassPlan] = field(default_factory=list)
     """On-policy: what is read in one step, once nothing is waiting or running."""
     in_step: list[str] = field(default_factory=list)

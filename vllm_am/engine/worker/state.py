@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_am.compaction.pages import PagedKV, page_table
 from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES
+from vllm_am.engine.capabilities import UnsupportedByCompaction
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import (
     Activation,
@@ -173,8 +174,13 @@ class WorkerState:
         limits = EngineLimits.from_vllm_config(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
         groups = kv_cache_config.kv_cache_groups
-        # One of them: the scheduler refuses a model that has several.
-        group = [isinstance(g.kv_cache_spec, CompactableAttentionSpec) for g in groups].index(True)
+        ours = [isinstance(g.kv_cache_spec, CompactableAttentionSpec) for g in groups]
+        if not any(ours):
+            raise UnsupportedByCompaction(
+                "--kv-compaction: a pipeline stage has no layer with full attention: lower "
+                "--pipeline-parallel-size"
+            )
+        group = ours.index(True)  # of several, which the scheduler refuses
         layers = {name: context[name] for name in groups[group].layer_names}
         kv = PagedKV.from_layers([layer.kv_cache for layer in layers.values()])
         positions = limits.query_pool_positions(kv_cache_config.num_blocks)
