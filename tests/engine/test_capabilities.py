@@ -284,12 +284,6 @@ HYBRID = {**WINDOWS, "layer_types": ["full_attention", WINDOW, WINDOW]}
     [
         ({**WINDOWS, "layer_types": [WINDOW] * 3}, {}, "a sliding window", "--disable-sliding-"),
         (HYBRID, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cac", "drop --d"),
-        (
-            HYBRID,
-            {"compaction": {"queries": "repeat-prefill"}},
-            "queries='repeat-prefill'",
-            "use co",
-        ),
         (HYBRID, {"compaction": {"cache": "on"}}, "--kv-compaction-cache=on", "drop it"),
         (HYBRID, {"compaction": {"budgets": {"L1H0": 1.0}}}, "budgets: L1H0", "use a budgets file"),
     ],

@@ -22,7 +22,7 @@ class Study:
     target_blocks: int
     """Blocks that its compaction will need: passes leave them free."""
     waiting: deque[PassPlan]
-    windows: list[list[KVCacheBlock]]
+    windows: list[list[KVCacheBlock]] = field(default_factory=list)
     """By group of layers with a window, what of it they need at the end of the span: held until the
     study is over, as the parent's own window moves on."""
     together: list[PassPlan] = field(default_factory=list)
