@@ -45,10 +45,13 @@ void launch(Kernel kernel, const Tensor& gram, const Tensor& rhs,
                        &iterations_at_most, &solution_data, &residual_data, &iterations_data,
                        &counter_data,    &exchange_data, &workspace_data, &workspace_bytes,
                        &shared,          &team_blocks};
-  // The blocks of a team wait for each other: all have to be resident, or none.
-  error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                      dim3(static_cast<unsigned>(threads)), arguments, shared_bytes,
-                                      reinterpret_cast<cudaStream_t>(stream));
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const dim3 grid(blocks), block(static_cast<unsigned>(threads));
+  const auto queue = reinterpret_cast<cudaStream_t>(stream);
+  // Blocks of a team wait for each other: all have to be resident, or none.
+  error = team_blocks > 1
+              ? cudaLaunchCooperativeKernel(function, grid, block, arguments, shared_bytes, queue)
+              : cudaLaunchKernel(function, grid, block, arguments, shared_bytes, queue);
   STD_TORCH_CHECK(error == cudaSuccess, "solve_box: ", cudaGetErrorString(error));
 }
 

@@ -131,6 +131,7 @@ class _RuntimeCompiled:
 
         batch, size = call.rhs.shape
         blocks, workspace_bytes = call.workspace.shape
+        team_blocks = blocks // len(call.exchange)
         type_name = str(call.gram.dtype).removeprefix("torch.")
         device = call.gram.device.index
         kernel = self._module(device).get_function(f"solve_box_{type_name}_kernel")
@@ -153,17 +154,17 @@ class _RuntimeCompiled:
             pointer(call.workspace),
             np.int64(workspace_bytes),
             np.int32(call.shared_bytes),
-            np.int32(blocks // len(call.exchange)),
+            np.int32(team_blocks),
         )
         with self._cupy.cuda.Stream.from_external(_CurrentStream()):
-            # The blocks of a team wait for each other: all have to be resident, or none. Not by
-            # way of the module's own flag, which wants a library for grid groups linked in.
+            # Blocks of a team wait for each other: all have to be resident, or none. Not by way
+            # of the module's own flag, which wants a library for grid groups linked in.
             kernel.kernel(
                 (blocks,),
                 (call.threads,),
                 arguments,
                 shared_mem=call.shared_bytes,
-                enable_cooperative_groups=True,
+                enable_cooperative_groups=team_blocks > 1,
             )
 
 

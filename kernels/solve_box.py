@@ -17,7 +17,10 @@ often than not.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,8 @@ from torch import Tensor
 from vllm_am.compaction import fit_bias
 from vllm_am.compaction.fit_bias import MAX_ITERATIONS, TOLERANCE, BoxSolution
 from vllm_am.kernels.native import BoxCall, Operators, operators
+
+logger = logging.getLogger(__name__)
 
 _reference = inspect.unwrap(fit_bias.solve_box)
 
@@ -97,13 +102,17 @@ def _solve_native(
     tolerance: float,
     max_iterations: int,
     start: Tensor | None,
+    team_blocks: int | None = None,
 ) -> BoxSolution:
     batch, size = rhs.shape
     solution = torch.empty_like(rhs, memory_format=torch.contiguous_format)
     kkt_residual = torch.zeros(batch, dtype=torch.float64, device=rhs.device)
     iterations = torch.zeros(batch, dtype=torch.int64, device=rhs.device)
     if batch > 0 and size > 0:
-        plan = plan_launch(batch, size, torch.cuda.get_device_properties(rhs.device))
+        properties = torch.cuda.get_device_properties(rhs.device)
+        plan = plan_launch(batch, size, properties, team_blocks)
+        if plan.team_blocks > 1 and team_blocks is None and not _teams_work(rhs.device):
+            plan = plan_launch(batch, size, properties, team_blocks=1)
         native.solve_box(
             BoxCall(
                 gram=gram.contiguous(),
@@ -131,6 +140,40 @@ def _solve_native(
             )
         )
     return BoxSolution(solution, kkt_residual.to(rhs.dtype), iterations)
+
+
+@functools.cache
+def _teams_work(device: torch.device) -> bool:
+    """Whether a head can be given to several thread blocks here, tried once per device.
+
+    They need a cooperative launch, which drivers and virtual machines may not offer.
+    """
+    native = operators()
+    assert native is not None
+    generator = torch.Generator().manual_seed(0)
+    design = torch.rand(2 * MIN_ROWS_PER_BLOCK, 2 * MIN_ROWS_PER_BLOCK, generator=generator)
+    gram = (design.mT @ design).double().unsqueeze(0).to(device)
+
+    def solve(blocks: int) -> Tensor:
+        rhs = gram.sum(dim=2) / 3
+        return _solve_native(native, gram, rhs, 0.1, 10.0, 1e-7, 50, None, blocks).x
+
+    return agree(lambda: solve(2), lambda: solve(1))
+
+
+def agree(several: Callable[[], Tensor], one: Callable[[], Tensor]) -> bool:
+    """Whether several blocks find what one does, to the bit; said in the log where they do not."""
+    try:
+        same = torch.equal(several(), one())
+        why = "they do not find what one block does"
+    except Exception as error:  # whatever a driver may raise
+        same, why = False, str(error)
+    if not same:
+        logger.warning(
+            "bounded least squares: one thread block per head, since several do not work here (%s)",
+            why,
+        )
+    return same
 
 
 @dataclass(frozen=True)

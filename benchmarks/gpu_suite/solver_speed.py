@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,7 +39,11 @@ def _problem(heads: int, slots: int, smoke: bool) -> tuple[torch.Tensor, torch.T
 
 def _solve(gram: torch.Tensor, rhs: torch.Tensor, blocks: int | None) -> solver.BoxSolution:
     lo, hi = (math.exp(bound) for bound in LOG_WEIGHT_BOUNDS)
-    plan = partial(solver.plan_launch, team_blocks=blocks)
+    plan_launch = solver.plan_launch
+
+    def plan(batch: int, size: int, properties: Any, team_blocks: int | None = None) -> solver.Plan:
+        return plan_launch(batch, size, properties, team_blocks or blocks)
+
     with mock.patch.object(solver, "plan_launch", plan):
         return solver.solve_box(gram, rhs, lo, hi)
 

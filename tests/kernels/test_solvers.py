@@ -15,6 +15,7 @@ from vllm_am.kernels import native
 from vllm_am.kernels.solve_box import (
     NATIVE_MAX_UNKNOWNS,
     WORKSPACE_BYTES,
+    agree,
     plan_launch,
     solve_box,
     workspace_bytes,
@@ -147,6 +148,17 @@ def test_a_team_is_as_large_as_it_is_asked_to_be():
     for blocks in (1, 2, 7):
         assert plan_launch(3, 600, H200, team_blocks=blocks).team_blocks == blocks
     assert plan_launch(3, 600, H200, team_blocks=1000).team_blocks <= 132
+
+
+def test_several_blocks_are_given_up_where_they_do_not_work(caplog):
+    one, other = torch.ones(3), torch.zeros(3)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("too many blocks in cooperative launch")
+
+    assert agree(lambda: one, lambda: one) and not caplog.text
+    assert not agree(lambda: other, lambda: one) and "do not find" in caplog.text
+    assert not agree(fails, lambda: one) and "too many blocks" in caplog.text
 
 
 def test_unknown_switch_is_refused(monkeypatch):
