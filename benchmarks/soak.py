@@ -46,8 +46,8 @@ COMPACTION = [
     *("--kv-compaction", "attention-matching", "--kv-compaction-ratio", "10x"),
     *("--kv-compaction-threshold", "512", "--kv-compaction-config", '{"recent_tokens": 32}'),
 ]
-#: oneDNN keeps up to 1,024 kernels that it has compiled, one for each shape that it has met, and its
-#: memory grows with them for longer than this lasts. With few there is nothing but leaks to see.
+#: oneDNN keeps up to 1,024 kernels that it has compiled, one for each shape that it has met, and
+#: its memory grows with them for longer than this lasts. With few, nothing but leaks is seen.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
 #: Kinds of processes; on a CPU the worker is one of its own.
@@ -436,8 +436,8 @@ def main(
         "Resident memory of all processes, shared pages once for each: the median of the last "
         "quarter, the most at any time, and by how much the last half grew, by the medians of its "
         "own halves; `stock grew`: the server without compaction, between as many answers as the "
-        "compacting one gave in its last half. oneDNN keeps 16 compiled kernels here, not 1,024: as "
-        "many as shapes that it meets, they would grow for longer than this lasts.",
+        "compacting one gave in its last half. oneDNN keeps 16 compiled kernels here, not 1,024: "
+        "one for each shape that it meets, they would grow for longer than this lasts.",
         *faults,
     ]
     Report("soak", "A server's life under everything that clients do", rows, notes).write(folder)
