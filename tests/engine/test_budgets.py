@@ -128,7 +128,7 @@ def test_more_ranks_than_kv_heads(tmp_path):
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        ({"L3H0": 1.0}, r"L3H0 does not exist.*3 layers x 2 KV heads"),
+        ({"L3H0": 1.0}, r"L3H0 is not compacted in this model, of 3 such layers x 2 KV heads"),
         ({"L0H0": 1.0, "L2H1": 1.0}, r"L0H1 and 3 more of the model's 6 heads have no share"),
     ],
     ids=["another-model", "some-heads"],

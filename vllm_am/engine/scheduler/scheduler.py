@@ -299,11 +299,14 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             ):
                 known = self.compaction.queries.blocks_with_queries(exact, options.sample_rate)
                 most = min(most, known * self.compaction.limits.block_size)
-            if most < tokens:
-                # Asked again, not cut: where a window ends, layers with one need what is in it.
+            if most < tokens and self.compaction.blocks.windows:
+                # Asked again, not cut: layers with a window need what is in it where a hit ends.
                 coordinator = self.kv_cache_manager.coordinator
                 found, tokens, _ = coordinator.find_longest_cache_hit(request.block_hashes, most)
                 blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+            elif most < tokens:
+                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
+                tokens = most
         return blocks, tokens, *others
 
     def _preempt_request(
