@@ -40,11 +40,11 @@ void launch(Kernel kernel, const Tensor& gram, const Tensor& rhs,
   int shared = static_cast<int>(shared_bytes);
   const int blocks = static_cast<int>(workspace.size(0));
   int team_blocks = blocks / static_cast<int>(exchange.size(0));
-  void* arguments[] = {&gram_data,       &rhs_data,      &start_data,     &batch,
-                       &size,            &lo,            &hi,             &tolerance,
-                       &iterations_at_most, &solution_data, &residual_data, &iterations_data,
-                       &counter_data,    &exchange_data, &workspace_data, &workspace_bytes,
-                       &shared,          &team_blocks};
+  void* arguments[] = {&gram_data,          &rhs_data,      &start_data,     &batch,
+                       &size,               &lo,            &hi,             &tolerance,
+                       &iterations_at_most, &solution_data, &residual_data,  &iterations_data,
+                       &counter_data,       &exchange_data, &workspace_data, &workspace_bytes,
+                       &shared,             &team_blocks};
   const auto* function = reinterpret_cast<const void*>(kernel);
   const dim3 grid(blocks), block(static_cast<unsigned>(threads));
   const auto queue = reinterpret_cast<cudaStream_t>(stream);

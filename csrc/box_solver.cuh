@@ -198,8 +198,8 @@ struct BoxSolver {
     });
   }
 
-  // Writes the weights to ``solution`` [size], every block the same ones; variables with a zero diagonal, and all of a problem
-  // with NaN or Inf, get 1 clipped to the bounds.
+  // Writes the weights to ``solution`` [size], every block the same ones; variables with a zero
+  // diagonal, and all of a problem with NaN or Inf, get 1 clipped to the bounds.
   VLLM_AM_HD BoxResult solve(Real* solution) {
     const double one = clip(1.0, p.lo, p.hi);
     if (!start()) {

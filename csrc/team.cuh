@@ -80,9 +80,9 @@ class BlockTeam {
   struct Shared {
     char scratch[WARP * 16];  // of reductions
     Exchange* exchange;
-    int block;    // which of the team's blocks this is
-    int blocks;   // of the team
-    int rows;     // of the largest matrix
+    int block;   // which of the team's blocks this is
+    int blocks;  // of the team
+    int rows;    // of the largest matrix
     unsigned meetings;
   };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,12 +127,8 @@ def report(smoke: bool) -> Report:
     ceiling = matmul_ceiling(256 if smoke else 8192)
 
     def rows() -> Iterator[Row]:
-        for case in cases:
-            for row in (
-                row
-                for uneven in (False, True)
-                for row in fit_case(case, "highest-attention", 1 if smoke else 3, uneven)
-            ):
+        for case, uneven in product(cases, (False, True)):
+            for row in fit_case(case, "highest-attention", 1 if smoke else 3, uneven):
                 rate = float(str(row["statistics TFLOP/s"]))
                 row["share of the matmul ceiling"] = rate * 1e12 / ceiling
                 row["paper's seconds"] = PAPER_SECONDS.get(case.name, "")
