@@ -55,8 +55,8 @@ VLLM_AM_HD double not_a_number() {
 // What the blocks of a team tell each other, in global memory; zeros at first.
 struct Exchange {
   unsigned arrived;  // blocks, at all meetings so far
-  int problem;       // that the team works on
-  long long unused;  // the products behind it are aligned to 16 bytes
+  int unused;        // the products behind it are aligned to 16 bytes
+  int problem[2];    // that the team works on: one is read while the next is written
 
   // Bytes with the products of two matrices of so many rows: one is read while the next is written.
   VLLM_AM_HD static long long bytes(int rows) {
@@ -101,10 +101,10 @@ class BlockTeam {
 
   // The next of the problems that ``counter`` hands out, the same for all blocks of the team.
   __device__ int next_problem(int* counter) const {
-    Exchange* exchange = shared_.exchange;
-    if (shared_.block == 0 && threadIdx.x == 0) exchange->problem = atomicAdd(counter, 1);
+    int* problem = &shared_.exchange->problem[shared_.meetings % 2];
+    if (shared_.block == 0 && threadIdx.x == 0) *problem = atomicAdd(counter, 1);
     meet();
-    return __ldcg(&exchange->problem);
+    return __ldcv(problem);
   }
 
   // The first of the rows of a matrix that this block multiplies, and how many.
@@ -249,8 +249,9 @@ class BlockTeam {
       unsigned* arrived = &shared_.exchange->arrived;
       __threadfence();
       atomicAdd(arrived, 1u);
-      while (int(__ldcg(arrived) - all) < 0) {  // not "<": the number may overflow
-      }
+      // Not "<": the number may overflow. Neither __ldcg nor an empty body: compilers take such a
+      // loop for one that ends, and leave it out.
+      while (int(__ldcv(arrived) - all) < 0) __nanosleep(20);
       __threadfence();
     }
     __syncthreads();
@@ -268,7 +269,7 @@ class BlockTeam {
   __device__ void gather(int rows, T* out) const {
     const T* source = products<T>();
     meet();
-    if (shared_.blocks > 1) for_each(rows, [&](int i) { out[i] = __ldcg(source + i); });
+    if (shared_.blocks > 1) for_each(rows, [&](int i) { out[i] = __ldcv(source + i); });
   }
 
   __device__ static float shuffle(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }

@@ -120,12 +120,12 @@ T atomicAdd(T* number, T more) {
   return before;
 }
 
-// Past the cache of a multiprocessor.
 template <class T>
-T __ldcg(const T* from) {
-  emulation::let_others_run();
+T __ldcv(const T* from) {
   return *from;
 }
+
+inline void __nanosleep(unsigned) { emulation::let_others_run(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int lanes) {

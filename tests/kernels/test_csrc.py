@@ -251,17 +251,19 @@ def test_a_team_of_blocks_does_what_one_does(solve, blocks, shared):
     """To the bit, problem after problem; 37 rows are no multiple of anything, and 5 are fewer
     than the rows of two blocks."""
     for t in (5, 37):
-        pairs = [normal_equations(softmax_design(200, t, seed=seed)) for seed in range(3)]
+        pairs = [normal_equations(softmax_design(200, t, seed=seed)) for seed in range(4)]
         gram, rhs = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        gram[2, 2, 3] = gram[2, 3, 2] = math.nan
+        for bad in (0, 3):  # blocks meet less often over these, and go on to the next
+            gram[bad, 2, 3] = gram[bad, 3, 2] = math.nan
         sizes = {"all": 1 << 20, "vectors of the face": vector_bytes(t) // 2, "none": 0}
         one, team = (
             solve(gram, rhs, blocks=number, threads=64, shared_bytes=sizes[shared])
             for number in (1, blocks)
         )
         assert torch.equal(team.x, one.x) and torch.equal(team.iterations, one.iterations)
-        assert torch.equal(team.kkt_residual[:2], one.kkt_residual[:2])
-        assert one.kkt_residual[:2].max() <= TOLERANCE and team.kkt_residual[2].isnan()
+        assert torch.equal(team.kkt_residual[1:3], one.kkt_residual[1:3])
+        assert one.kkt_residual[1:3].max() <= TOLERANCE
+        assert team.kkt_residual.isnan().tolist() == [True, False, False, True]
 
 
 def test_thread_block_in_double_precision(solve):
@@ -285,6 +287,18 @@ def kernels_of(name: str) -> set[str]:
     return set(re.findall(r"__global__ void __launch_bounds__\([^)]*\) (\w+)\(", text))
 
 
+def check_waiting(cubin: Path) -> None:
+    """Blocks wait for each other: behind every arrival there is a loop that reads anew.
+
+    A compiler that takes the loop for one that ends leaves it out, as has happened on a device.
+    """
+    code = run_cuobjdump("--dump-sass", cubin)
+    arrivals = re.findall(r"ATOM\.E\.ADD.*?BAR\.SYNC", code, flags=re.DOTALL)
+    assert len(arrivals) >= 2 * len(kernels_of("solve_box.cuh"))
+    for each in arrivals:
+        assert re.search(r"NANOSLEEP.*LDG?\.E\.STRONG.*\bBRA\b", each, flags=re.DOTALL), each
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
@@ -304,6 +318,7 @@ def test_nvcc_compiles_the_kernels_without_spills(tmp_path, architecture):
         sizes = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         assert sizes["LOCAL"] == 0 and sizes["STACK"] <= MAX_STACK_BYTES
         assert sizes["REG"] <= 64  # 1,024 threads on 65,536 registers
+    check_waiting(cubin)
 
 
 @pytest.mark.slow
@@ -338,7 +353,7 @@ def nvrtc_library() -> ctypes.CDLL | None:
 
 
 @pytest.mark.slow
-def test_nvrtc_compiles_the_kernels():
+def test_nvrtc_compiles_the_kernels(tmp_path):
     nvrtc = nvrtc_library()
     if nvrtc is None:
         pytest.skip("no NVRTC here (CUDA toolkit, or the package nvidia-cuda-nvrtc)")
@@ -357,6 +372,9 @@ def test_nvrtc_compiles_the_kernels():
     nvrtc.nvrtcGetCUBIN(program, cubin)
     for kernel in kernels_of("solve_box.cuh"):
         assert kernel.encode() in cubin.raw
+    file = tmp_path / "kernels.cubin"
+    file.write_bytes(cubin.raw)
+    check_waiting(file)
 
 
 def test_source_is_in_one_piece():
