@@ -6,19 +6,20 @@ Both fits are least squares over the reference queries on a matrix of one form,
     A_ij = u_i exp(s_ij - l_i):
 
 for the mass, u = 1 and l is the log-sum-exp over the original keys, for the output, u is the root
-of the row weight and l the log-sum-exp over the kept keys. A kernel writes a chunk of A's rows,
-split in two halves of fp16, and cuBLAS multiplies: recomputing the exponentials in every tile of
-A'A would cost t / 128 times as many, and a matrix product of one's own would at best save the half
-of A'A that is the mirror image of the other.
+of the row weight and l the log-sum-exp over the kept keys. A kernel writes A, split in two halves
+of fp16, and cuBLAS multiplies: recomputing the exponentials in every tile of A'A would cost t / 128
+times as many, and a matrix product of one's own would at best save the half of A'A that is the
+mirror image of the other. The rows are multiplied in bands; of small heads several are one batch,
+for the host takes longer to launch a product of them than the device to compute it.
 
 Precision. A = hi + lo with hi = fp16(A), lo = fp16(A - hi), both scaled by 2^14, which A <= 3.99
 allows and (kept keys are among the original ones; u <= 100^(1/4)) fulfils. That leaves a relative
 error of 2^-22 for entries above 1e-5 and an absolute one of 2e-12 below. Of the four products
 lo'lo (2^-22 of the whole) is left out and hi'lo serves for its mirror image too, so A'A costs two
-products at the speed of fp16; products of fp16 are exact in fp32, and the products of chunks are
+products at the speed of fp16; products of fp16 are exact in fp32, and the products of bands are
 added up in fp32. On a CPU the error against fp64, in units of sqrt(G_jj G_kk), is below 4e-6
 (``tests/kernels/test_gram.py``); it comes from the fp32 scores as well. Tensor cores cut off where
-a CPU rounds: on an H200 the diagonal comes out too small by 1.3e-6 of itself in chunks of 256 rows,
+a CPU rounds: on an H200 the diagonal comes out too small by 1.3e-6 of itself in bands of 256 rows,
 2.6e-6 of 512, 5.2e-6 of 1,024, 1.1e-5 of 2,048 and 4.4e-5 of 8,192, and so do its neighbours.
 """
 
@@ -52,10 +53,10 @@ from vllm_am.kernels.tiles import (
 #: What A and the targets are multiplied by, to use the range of fp16: up to 65504.
 _UNIT = 2.0**14
 
-#: Rows of A per product: enough to keep cuBLAS busy, few enough for the sums of tensor cores.
-_CHUNK_ROWS = 1024
+#: Rows of A per product, at most: few enough for the sums of tensor cores.
+_BAND_ROWS = 1024
 
-#: Bound of the workspace: two fp16 copies of a chunk, for as many heads at once as fit.
+#: Bound of the workspace: two fp16 copies of bands and their products, as many at once as fit.
 _WORKSPACE_BYTES = 256 << 20
 
 _TILINGS = {
@@ -70,6 +71,7 @@ _TILINGS = {
     do_not_specialize=[
         "first",
         "rows",
+        "height",
         "t",
         "row_blocks",
         "key_blocks",
@@ -87,6 +89,7 @@ def design_matrix_kernel(
     low,
     first,
     rows,
+    height,
     t,
     columns,
     row_blocks,
@@ -110,12 +113,12 @@ def design_matrix_kernel(
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid [H * row_blocks * key_blocks]: high and low [H, rows, columns], a tile per program.
+    """Grid [H * row_blocks * key_blocks]: high and low [H, height, columns], a tile per program.
 
     unit * A = high + low for the queries first ... first + rows; A_ij = u_i exp(s_ij + b_j - l_i)
     with u the ``row_factors`` (None is 1). A query whose l_i is -inf, for it sees no key, gets 0,
-    and so do the columns behind t: ``columns`` is a multiple of 16, which Triton sees and stores
-    16 bytes at a time, as it would not with t for a mask.
+    and so do the rows behind ``rows`` and the columns behind t: ``columns`` is a multiple of 16,
+    which Triton sees and stores 16 bytes at a time, as it would not with t for a mask.
     """
     i_t = tl.program_id(0) % key_blocks
     i_n = tl.program_id(0) // key_blocks % row_blocks
@@ -141,19 +144,19 @@ def design_matrix_kernel(
     if row_factors is not None:
         b_a *= tl.load(row_factors + i_h * stride_lh + o_query)[:, None]
 
-    b_a = tl.where((o_t < t)[None, :], b_a, 0.0)
+    b_a = tl.where((o_n < rows)[:, None] & (o_t < t)[None, :], b_a, 0.0)
 
     b_high = b_a.to(tl.float16)
     b_low = (b_a - b_high.to(tl.float32)).to(tl.float16)
     o_z = i_h * stride_zh + o_n.to(tl.int64)[:, None] * stride_zn + o_t[None, :]
-    m_z = (o_n < rows)[:, None] & (o_t < columns)[None, :]
+    m_z = (o_n < height)[:, None] & (o_t < columns)[None, :]
     tl.store(high + o_z, b_high, mask=m_z)
     tl.store(low + o_z, b_low, mask=m_z)
 
 
 @dataclass(frozen=True)
 class _Design:
-    """What the matrix A [H, n, t] of a fit is made of; it is only ever written in chunks.
+    """What the matrix A [H, n, t] of a fit is made of; it is only ever written in parts.
 
     Attributes:
         keys: [H, t, D]; queries: [H, n, D]; both with rows of stride 1.
@@ -170,17 +173,21 @@ class _Design:
     factor: float
     cap: float
 
-    def write(self, heads: slice, first: int, high: Tensor, low: Tensor) -> None:
-        """The rows first ... of some heads, in two halves [h, rows, columns], zeros behind t."""
+    def write(self, heads: slice, first: int, halves: Tensor) -> None:
+        """The rows first ... of some heads, in two halves [h, height, 2, columns], zeros behind n
+        and t.
+        """
+        high, low = halves.unbind(2)
         keys, bias, queries, lse = (
             x[heads] for x in (self.keys, self.bias, self.queries, self.lse)
         )
-        count, rows, columns = high.shape
+        count, height, columns = high.shape
         _, size, width = keys.shape
+        rows = min(queries.shape[1] - first, height)
         parts = split_width(width, keys.dtype)
         (tiling,) = tiling_for(_TILINGS, width, keys.dtype)
         row_blocks, key_blocks = (
-            triton.cdiv(rows, tiling.block_n),
+            triton.cdiv(height, tiling.block_n),
             triton.cdiv(columns, tiling.block_t),
         )
         design_matrix_kernel[(count * row_blocks * key_blocks,)](
@@ -193,6 +200,7 @@ class _Design:
             low,
             first,
             rows,
+            height,
             size,
             columns,
             row_blocks,
@@ -238,9 +246,8 @@ def mass_normal_equations(
     lse = lse.float().contiguous()
     constants = score_constants(scale, softcap)
     design = _Design(with_rows(keys), _floats(bias), with_rows(queries), lse, None, *constants)
-    ones = torch.ones_like(lse).unsqueeze(2)
-    gram, rhs = _normal_equations(design, ones, ones)
-    return gram.div_(rows), rhs.squeeze(2).div_(rows)
+    gram, rhs = _normal_equations(design, None, 1 / max(rows, 1))
+    return gram, rhs.squeeze(2)
 
 
 def output_normal_equations(
@@ -272,54 +279,68 @@ def output_normal_equations(
         _floats(root.squeeze(2)),
         *constants,
     )
-    return _normal_equations(design, output.float(), root.float())
+    return _normal_equations(design, (output.float(), root.float()), 1.0)
 
 
-def _normal_equations(design: _Design, targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """A'A [H, t, t] and A'Y [H, t, r] in fp64.
+def _normal_equations(
+    design: _Design, targets: tuple[Tensor, Tensor] | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """A'A [H, t, t] and A'Y [H, t, r] times ``factor``, in fp64.
 
     Args:
-        targets, root: Y is ``targets`` fp32 [H, n, r] times ``root`` fp32 [H, n, 1].
+        targets: Y is the product of these two, fp32 [H, n, r] and [H, n, 1]; (1, ..., 1) if None.
     """
-    heads, size, _ = design.keys.shape
-    rows, columns = targets.shape[1:]
-    gram = targets.new_zeros(heads, size, size, dtype=torch.float64)
-    rhs = targets.new_zeros(heads, size, columns, dtype=torch.float64)
+    keys, queries = design.keys, design.queries
+    heads, size, _ = keys.shape
+    rows = queries.shape[1]
+    columns = 1 if targets is None else targets[0].shape[2]
+    gram = keys.new_zeros(heads, size, size, dtype=torch.float64)
+    rhs = keys.new_zeros(heads, size, columns, dtype=torch.float64)
     if gram.numel() == 0 or rows == 0:
         return gram, rhs
 
-    y, peak = _halves(targets, root)
-    half = y.shape[2] // 2
+    bands = triton.cdiv(rows, _BAND_ROWS)
+    height = _multiple_of_16(triton.cdiv(rows, bands))
+    peak = None
+    if targets is None:
+        y = keys.new_zeros(heads, bands * height, 32, dtype=torch.float16)
+        y[:, :rows, 0] = _UNIT
+    else:
+        y, peak = _halves(*targets, bands * height)
     # Columns behind t, which are zeros: cuBLAS takes five times as long where a dimension is no
     # multiple of 8.
-    padded = triton.cdiv(size, 16) * 16
-    chunk = min(rows, _CHUNK_ROWS)
-    group = max(1, min(heads, _WORKSPACE_BYTES // (2 * 2 * chunk * padded)))
-    workspace = targets.new_empty(2, group, chunk, padded, dtype=torch.float16)
+    padded = _multiple_of_16(size)
+    sums_bytes = 4 * padded * 2 * (padded + y.shape[2])  # of a head
+    group = max(1, min(heads, _WORKSPACE_BYTES // (sums_bytes + 4 * padded * height)))
+    # Bands of each head that are one batch: a batch of several has a product for each.
+    room = _WORKSPACE_BYTES // group - sums_bytes
+    stretch = max(1, min(bands, room // (sums_bytes + 4 * padded * height)))
     for start in range(0, heads, group):
         part = slice(start, min(start + group, heads))
         count = part.stop - start
-        main, cross = targets.new_zeros(2, count, padded, padded)
-        upper = targets.new_zeros(count, padded, 2 * half)
-        lower = targets.new_zeros(count, padded, half)
-        for first in range(0, rows, chunk):
-            high, low = workspace[:, :count, : min(chunk, rows - first)]
-            design.write(part, first, high, low)
-            y_chunk = y[part, first : first + chunk]
-            _add_product(main, high.mT, high)
-            _add_product(cross, high.mT, low)
-            _add_product(upper, high.mT, y_chunk)
-            _add_product(lower, low.mT, y_chunk[..., :half])
-        main, cross = main[:, :size, :size], cross[:, :size, :size]
-        gram[part].add_(main).add_(cross).add_(cross.mT)
-        lower += upper[..., half:]
-        rhs[part].add_(upper[:, :size, :columns]).add_(lower[:, :size, :columns])
-    return gram.div_(_UNIT**2), rhs.mul_(peak / _UNIT**2)
+        # hi'[hi, lo] and [hi, lo]'y
+        square = keys.new_zeros(count, padded, 2 * padded, dtype=torch.float32)
+        against = keys.new_zeros(count, 2 * padded, y.shape[2], dtype=torch.float32)
+        for band in range(0, bands, stretch):
+            first, last = band * height, min(band + stretch, bands) * height
+            halves = y.new_empty(count, last - first, 2, padded)
+            design.write(part, first, halves)
+            both = halves.view(-1, height, 2 * padded)
+            _add_product(square, both[..., :padded].mT, both)
+            _add_product(against, both.mT, y[part, first:last].reshape(len(both), height, -1))
+        main, cross = square.unflatten(2, (2, padded)).unbind(2)
+        gram[part] = main.add_(cross).add_(cross.mT)[:, :size, :size]
+        upper, lower = against.unflatten(1, (2, padded)).unbind(1)
+        half = y.shape[2] // 2
+        upper[..., :half].add_(upper[..., half:]).add_(lower[..., :half])
+        rhs[part] = upper[:, :size, :columns]
+    factor /= _UNIT**2
+    return gram.mul_(factor), rhs.mul_(factor if peak is None else peak.double() * factor)
 
 
-def _halves(targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets Y as A is: two halves of fp16 side by side [H, n, 2 r'], r' a multiple of 16,
-    and what they were scaled by, fp32 [H, 1, 1].
+def _halves(targets: Tensor, root: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """The targets Y as A is: two halves of fp16 side by side [H, height, 2 r'], r' a multiple of
+    16, zeros behind their rows, and what they were scaled by, fp32 [H, 1, 1].
 
     Head by head: a large target spoils no other head.
     """
@@ -328,19 +349,28 @@ def _halves(targets: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     peak = (norm * root).amax(dim=1, keepdim=True)
     peak = torch.where(peak == 0, 1.0, peak)
     scaled = targets * (root * (_UNIT / peak))
-    half = triton.cdiv(columns, 16) * 16
-    y = targets.new_zeros(heads, rows, 2 * half, dtype=torch.float16)
-    y[..., :columns] = scaled
-    y[..., half : half + columns] = scaled.sub_(y[..., :columns])
+    half = _multiple_of_16(columns)
+    y = targets.new_zeros(heads, height, 2 * half, dtype=torch.float16)
+    y[:, :rows, :columns] = scaled
+    y[:, :rows, half : half + columns] = scaled.sub_(y[:, :rows, :columns])
     return y, peak
 
 
+def _multiple_of_16(number: int) -> int:
+    return (number + 15) // 16 * 16
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, of fp16 [h, m, k] and [h, k, n], in fp32."""
+    """total [h, m, n] += a @ b in fp32, of fp16 [h * bands, m, k] and [h * bands, k, n]."""
+    single = len(a) == len(total)
     if a.device.type == "cpu":  # torch has no out_dtype there
-        total.baddbmm_(a.float(), b.float())
-    else:
+        product = torch.bmm(a.float(), b.float())
+    elif single:
         torch.baddbmm(total, a, b, out_dtype=torch.float32, out=total)
+        return
+    else:
+        product = torch.bmm(a, b, out_dtype=torch.float32)
+    total.add_(product if single else product.unflatten(0, (len(total), -1)).sum(dim=1))
 
 
 def _floats(tensor: Tensor) -> Tensor:

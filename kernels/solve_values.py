@@ -110,25 +110,24 @@ def _factorise(matrix: Tensor, panel: int) -> tuple[list[Tensor], Tensor]:
     """Overwrite the part below the diagonal blocks with that of the Cholesky factor L.
 
     Returns the inverses of the diagonal blocks of L, and the heads [H] whose matrix is not
-    positive definite; in these, blocks of the identity take the place of those that failed.
+    positive definite; what the others come to does not depend on theirs.
     """
     size = matrix.shape[1]
+    identity = torch.eye(min(panel, size), dtype=matrix.dtype, device=matrix.device)
     inverses: list[Tensor] = []
-    failed = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
+    infos: list[Tensor] = []
     for start in range(0, size, panel):
         end = min(start + panel, size)
         if start > 0:
             left = matrix[:, start:, :start]
             matrix[:, start:, start:end].baddbmm_(left, left[:, : end - start].mT, alpha=-1.0)
         block, info = torch.linalg.cholesky_ex(matrix[:, start:end, start:end])
-        identity = torch.eye(end - start, dtype=matrix.dtype, device=matrix.device)
-        failed |= info != 0
-        block = torch.where((info != 0).view(-1, 1, 1), identity, block)
-        inverse = torch.linalg.solve_triangular(block, identity.expand_as(block), upper=False)
-        inverses.append(inverse)
+        infos.append(info)
+        unit = identity[: end - start, : end - start].expand_as(block)
+        inverses.append(torch.linalg.solve_triangular(block, unit, upper=False))
         if end < size:
-            matrix[:, end:, start:end] = matrix[:, end:, start:end] @ inverse.mT
-    return inverses, failed
+            matrix[:, end:, start:end] = matrix[:, end:, start:end] @ inverses[-1].mT
+    return inverses, torch.stack(infos).any(dim=0)
 
 
 def _substitute(factor: Tensor, inverses: list[Tensor], rhs: Tensor, panel: int) -> Tensor:

@@ -135,12 +135,16 @@ class _Questions(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
-        if name == "baddbmm" and "out_dtype" in kwargs:
-            total, a, b = args
+        if name in ("bmm", "baddbmm") and "out_dtype" in kwargs:
+            a, b = args[-2:]
+            total = kwargs.get("out")
+            moved = _bytes(a) + _bytes(b) + (0 if total is None else _bytes(total))
+            if total is None:
+                total = a.new_empty(*a.shape[:2], b.shape[2], dtype=kwargs["out_dtype"])
             flop = 2.0 * a.numel() * b.shape[2]
-            moved = 2 * _bytes(total) + _bytes(a) + _bytes(b)
+            moved += _bytes(total)
             self.counts.launches.append(Launch("product", flop, _precision([a]), moved))
-            return kwargs["out"]
+            return total
         if name in _QUESTIONS and isinstance(first, Tensor) and first.is_meta:
             self.counts.syncs.append(f"{name}: {_caller()}")
             # All is well: no head has failed.

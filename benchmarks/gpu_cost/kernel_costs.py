@@ -104,7 +104,7 @@ def _scores(a: dict[str, Any], grid: tuple[int, ...]) -> Launch:
 
 def _design(a: dict[str, Any], grid: tuple[int, ...]) -> Launch:
     heads = grid[0] // (a["row_blocks"] * a["key_blocks"])
-    flop = 2.0 * heads * a["rows"] * a["columns"] * a["D"]
+    flop = 2.0 * heads * a["height"] * a["columns"] * a["D"]
     read = heads * (a["rows"] + a["t"]) * a["D"] * a["queries"].itemsize
     return Launch("design_matrix", flop, "bf16", read + _stored(a["high"], a["low"]))
 

@@ -177,12 +177,26 @@ def test_values_of_any_size(device, size):
     assert_close(actual, output_reference(keys, bias, queries, output, 0.125))
 
 
-def test_chunks_and_groups_of_heads(device, monkeypatch):
+@pytest.mark.parametrize(("heads", "bands"), [(1, 1), (3, 1), (5, 1), (5, 2), (5, 3)])
+def test_bands_and_groups_of_heads(device, monkeypatch, heads, bands):
+    """So many at once, of five heads and of three bands of 32 rows, the last of which has 11."""
     keys, bias, queries, lse, output = problem(device, 5, 75, 20, 64, 64)
-    monkeypatch.setattr(gram_module, "_CHUNK_ROWS", 32)
-    monkeypatch.setattr(gram_module, "_WORKSPACE_BYTES", 2 * 2 * 2 * 32 * 32)  # two heads
+    halves, sums = 4 * 32 * 32, 4 * 32 * 2 * (32 + 32)
+    room = heads * (sums + (halves if bands == 1 else bands * (halves + sums)))
+    monkeypatch.setattr(gram_module, "_BAND_ROWS", 32)
+    monkeypatch.setattr(gram_module, "_WORKSPACE_BYTES", room)
+    batches = []
+    write = gram_module._Design.write
+
+    def observed(self, part, first, halves):
+        batches.append((len(halves), halves.shape[1] // 32))
+        write(self, part, first, halves)
+
+    monkeypatch.setattr(gram_module._Design, "write", observed)
     actual = mass_normal_equations(keys, bias, queries, lse, scale=0.125)
     assert_close(actual, mass_reference(keys, bias, queries, lse, 0.125))
+    assert batches[0] == (heads, bands)
+    assert sum(count * number for count, number in batches) == 5 * 3
     actual = output_normal_equations(keys, bias, queries, output, scale=0.125)
     assert_close(actual, output_reference(keys, bias, queries, output, 0.125))
 

@@ -202,7 +202,7 @@ def _solve(
         chunk_bytes=chunk_bytes,
     )
     errors = compare(statistics, reached)
-    failures.add("non-finite", ~_finite(errors.output_error, errors.mass_error))
+    failures.add("non-finite", ~(errors.output_error + errors.mass_error).isfinite())
     return replace(result, output_error=errors.output_error, mass_error=errors.mass_error)
 
 
@@ -256,7 +256,9 @@ def _finite(*tensors: Tensor) -> Tensor:
     # By the extremes, which are NaN if any number is: no temporaries, a tenth of the time.
     flat = [tensor.reshape(len(tensor), -1) for tensor in tensors]
     extremes = [extreme for x in flat for extreme in (x.amax(dim=1), x.amin(dim=1))]
-    return torch.stack([extreme.double() for extreme in extremes]).isfinite().all(dim=0)
+    if len({extreme.dtype for extreme in extremes}) > 1:
+        extremes = [extreme.double() for extreme in extremes]
+    return torch.stack(extremes).isfinite().all(dim=0)
 
 
 def _mute(tensor: Tensor, ok: Tensor) -> Tensor:
