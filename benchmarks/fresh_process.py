@@ -45,9 +45,10 @@ def end_tree(process: subprocess.Popen[str]) -> None:
 
 
 def run_fresh(module: str, job: Any, environment: Mapping[str, str], timeout: float) -> Any:
-    """Run a module of this repository that reads a job and prints its result on its last line.
+    """Run a module of this repository that reads a job and prints its result on a line of its own.
 
-    What it writes to standard error is passed on as it comes.
+    What it writes to standard error is passed on as it comes. Libraries may print more when the
+    process ends (vLLM does so on a GPU): the result is the last line that is an object or a list.
 
     Args:
         module: as for ``python -m``.
@@ -56,7 +57,7 @@ def run_fresh(module: str, job: Any, environment: Mapping[str, str], timeout: fl
         timeout: seconds.
 
     Returns:
-        the last line of its output, from JSON.
+        the result.
 
     Raises:
         RuntimeError: it failed; the message holds the end of its output.
@@ -106,6 +107,9 @@ def run_fresh(module: str, job: Any, environment: Mapping[str, str], timeout: fl
     if expired.is_set():
         raise subprocess.TimeoutExpired(module, timeout, output, said)
     lines = output.strip().splitlines()
-    if process.returncode != 0 or not lines:
-        raise RuntimeError(f"{module}: exit status {process.returncode}\n{output[-2000:]}\n{said}")
-    return json.loads(lines[-1])
+    if process.returncode == 0:
+        for line in reversed(lines):
+            with contextlib.suppress(json.JSONDecodeError):
+                if isinstance(result := json.loads(line), dict | list):
+                    return result
+    raise RuntimeError(f"{module}: exit status {process.returncode}\n{output[-2000:]}\n{said}")

@@ -57,7 +57,7 @@ _UNIT = 2.0**14
 _BAND_ROWS = 1024
 
 #: Bound of the workspace: two fp16 copies of bands and their products, as many at once as fit.
-_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 224 << 20
 
 _TILINGS = {
     (90, 2): {256: (Tiling(128, 64, 8, 1),)},

@@ -10,9 +10,10 @@ What it costs: counted on the host, on attention fits of t = 102, 205, 600, 600 
 on the full matrix, and 7 or 8 with G itself. A multiprocessor reads 95 GB/s from L2, which took
 5.7 ms for t = 820 on an H200 with one block per head, whatever the number of heads up to 132: 24
 heads, as a slice of layers has, left most of the device idle, and budgets that follow the attention
-give single heads thousands of slots (t = 4,096: 0.14 s). So the rows of a head's matrix are divided
+give single heads thousands of slots (t = 4,096: 0.85 s). So the rows of a head's matrix are divided
 among as many blocks as there are for it, each of which then holds its rows in shared memory more
-often than not.
+often than not: 0.035 s for t = 4,096 with 64 blocks, and 24 heads of t = 820 take 3.5 ms instead of
+8.1 with 5 each (``benchmarks/results/gpu/solver.md``). A meeting of the blocks takes some 8 us.
 """
 
 from __future__ import annotations

@@ -66,8 +66,6 @@ def main(
         "Per slice of heads, as the engine fits them with uniform budgets, or with budgets as the "
         "default gives them to the heads of a real model (`benchmarks/uneven_budgets.py`; the "
         "measurement of the scores, another slice, is not in it); `whole`: all slices.",
-        "The box solver's several blocks per head have not run on a device yet: the 3 µs of a "
-        "meeting are assumed.",
         "Targets: Gemma-3-12B at most 0.30 s; Qwen3-4B at most 0.26 s (a quarter of its prefill); "
         "at most 3,000 launches per context, and 2 syncs per slice.",
     ]

@@ -33,11 +33,11 @@ _PROPERTIES = SimpleNamespace(
 #: Of the box solver: products with the matrix (or what is free of it) that a head takes, and bytes
 #: per second that one multiprocessor reads. With 200 products and one block per head this is what
 #: an H200 was measured at: 5.7 ms for t = 820 and 3.05 ms for t = 600, up to 132 heads at once
-#: (benchmarks/results/gpu).
+#: (benchmarks/results/gpu). More slots can take more products: 250 for t = 1,640 and 500 for 3,276.
 _PRODUCTS, _MULTIPROCESSOR_RATE = 200, 95e9
 #: Seconds that a product takes where nothing is to be read: barriers and reductions of a block, and
-#: the meeting of several. Assumed.
-_PRODUCT_SECONDS, _MEETING_SECONDS = 4e-6, 3e-6
+#: the meeting of several (by ``solver.md`` there: 0.91 ms for t = 205, 3.5 ms for 24 heads of 820).
+_PRODUCT_SECONDS, _MEETING_SECONDS = 4e-6, 8e-6
 
 
 class PaperDriver:

@@ -132,7 +132,7 @@ def test_known_figures(table):
     products = 6 * 24 * 16_384 * 8_192 * 128
     assert float(stages["select keys"]["TFLOP, 16 bit"]) == pytest.approx(products / 1e12, rel=1e-6)
     scores = 2 * 24 * 8_192 * 832 * 128
-    gram = 2 * 2 * 24 * 8_192 * 832 * 832 + 2 * 3 * 24 * 8_192 * 832 * 16
+    gram = 2 * 2 * 24 * 8_192 * 832 * 832 + 2 * 2 * 24 * 8_192 * 832 * 32
     expected = (scores + gram) / 1e12
     assert float(stages["fit bias"]["TFLOP, 16 bit"]) == pytest.approx(expected, rel=1e-6)
 
@@ -140,7 +140,7 @@ def test_known_figures(table):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("import vllm_am.kernels.gram as g; g._CHUNK_ROWS = 256", "launches"),
+        ("import vllm_am.kernels.gram as g; g._BAND_ROWS = 256", "launches"),
         (
             "import vllm_am.kernels.gram as g\n"
             "halves = g._halves\n"

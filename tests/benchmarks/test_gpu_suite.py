@@ -202,6 +202,7 @@ def test_a_fresh_process_knows_what_only_pythonpath_knows(tmp_path, monkeypatch)
     (tmp_path / "job_of_a_test.py").write_text(
         "import json, sys, only_there, vllm_am\n"
         "print(json.dumps([only_there.NAME, json.load(sys.stdin), vllm_am.__file__]))\n"
+        "print('7\\n[rank0] what a library has to say at the end')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = run_fresh("job_of_a_test", 7, environment(A="b"), timeout=60)

@@ -29,10 +29,10 @@ from vllm_am.compaction.streaming import DEFAULT_CHUNK_BYTES, to_device
 __all__ = ["CompactedKV", "FitError", "compact", "evaluate_fit"]
 
 #: Heads whose budgets differ by less than 2^(1/2) are padded to the largest of them: at most twice
-#: the Gram matrix that a head needs. On a GPU less than 2: there each bucket costs some four
-#: hundred launches, and padding next to nothing (``benchmarks/results/gpu/gpu_cost.md``).
-BUCKETS_PER_DOUBLING = 2
-BUCKETS_PER_DOUBLING_ON_GPU = 1
+#: the Gram matrix that a head needs. On a GPU by less than 4: there each bucket costs some three
+#: hundred launches, and padding little (``benchmarks/results/gpu/README.md``).
+BUCKETS_PER_DOUBLING = 2.0
+BUCKETS_PER_DOUBLING_ON_GPU = 0.5
 
 #: A head that keeps this share of its keys leaves out those that hardly anybody asks for: a fit
 #: costs most there (t^2), and gains least. One probe, without a committed table: on SmolLM2-135M
@@ -242,7 +242,7 @@ def _fit_alike(
     return result
 
 
-def _buckets(budgets: list[int], these: list[int], steps: int) -> Iterator[list[int]]:
+def _buckets(budgets: list[int], these: list[int], steps: float) -> Iterator[list[int]]:
     """Heads to be fitted together, of ``these``: ``steps`` buckets per doubling of the budget."""
     sizes = {head: math.floor(math.log2(budgets[head]) * steps) for head in these}
     for size in sorted(set(sizes.values())):
