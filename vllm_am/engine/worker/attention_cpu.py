@@ -2,7 +2,8 @@
 
 vLLM symbols touched: ``v1.attention.backends.cpu_attn`` (subclassed), registered as the ``CUSTOM``
 backend. vLLM's own CPU kernel packs keys in a tile order of its own, which neither the fit nor a
-per-key bias can share, so reads and writes of the cache are done here.
+per-key bias can share, so the cache is written and read here; prefill chunks of exact sequences are
+that kernel's all the same (prefill_cpu.py).
 
 A row attends to ``[protected prefix | live tail | compacted slots with bias]``. Keys keep the
 rotation of their original positions, so order and distance inside the cache do not matter;
@@ -28,6 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_am.compaction.attend_pages import PagedRow, PagedRows, attend_pages, group_rows
 from vllm_am.engine.worker.plain_layer import PlainLayer
+from vllm_am.engine.worker.prefill_cpu import ExactPrefill, ExactPrefillBuilder
 from vllm_am.engine.worker.state import CompactedSequence, WorkerState, worker_state
 from vllm_am.kernels.attend_pages import PageAttention
 from vllm_am.kernels.cpu_library import load as load_kernel
@@ -40,7 +42,9 @@ class CompactionMetadata:
     """Attention metadata of one batch, shared by all layers."""
 
     pages: PageAttention | None
-    """The rows that the kernel attends to."""
+    """The rows that our kernel attends to."""
+    prefill: ExactPrefill | None
+    """Those that vLLM's does."""
     groups: list[PagedRows]
     """The others."""
     state: WorkerState
@@ -61,6 +65,7 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         self.query_heads = vllm_config.model_config.get_num_attention_heads(
             vllm_config.parallel_config
         )
+        self.exact_prefill = ExactPrefillBuilder(kv_cache_spec, layer_names, vllm_config, device)
         kernel = load_kernel()  # now, and not while the first request waits
         if kernel.code is not None:
             logger.info_once("KV compaction: attention by the compiled kernel (%s)", kernel.says)
@@ -84,6 +89,7 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         lengths: list[int] = common.seq_lens.tolist()
         ids = state.row_request_ids(common.req_idx, common.num_reqs)
         few: list[PagedRow] = []
+        exact: list[PagedRow] = []
         others: list[PagedRow] = []
         captured, slots = [], []
         for index, request_id in enumerate(ids):
@@ -93,13 +99,17 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
             sequence = state.sequences.get(request_id or "")
             table = common.block_table_tensor[index]
             row = self._row(first, last, table, lengths[index], sequence)
-            (few if PageAttention.takes(row, state.kv) else others).append(row)
+            if PageAttention.takes(row, state.kv):
+                few.append(row)
+            else:
+                (exact if self.exact_prefill.takes(row) else others).append(row)
             if state.step and (sample := state.step.samples.get(request_id or "")):
                 captured.append(torch.from_numpy(sample.offsets) + first)
                 slots.append(torch.from_numpy(sample.slots))
         empty = torch.empty(0, dtype=torch.int64)
         return CompactionMetadata(
             pages=PageAttention(few, state.kv, self.query_heads) if few else None,
+            prefill=self.exact_prefill.build(exact, state.kv, common) if exact else None,
             groups=list(group_rows(others, state.kv)),
             state=state,
             capture_rows=torch.cat([*captured, empty]),
@@ -138,12 +148,14 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
     ) -> None:
         """Store ``key`` and ``value`` ``[tokens, H, D]``; slot -1 is padding."""
         tokens = min(slot_mapping.shape[0], key.shape[0])
-        slots = slot_mapping[:tokens]
-        real = slots >= 0
-        slots = slots[real]
-        entries = torch.cat([key[:tokens][real], value[:tokens][real]], dim=-1)
-        block_size = kv_cache.shape[2]
-        kv_cache[slots // block_size, :, slots % block_size] = entries.to(kv_cache.dtype)
+        slots, key, value = slot_mapping[:tokens], key[:tokens], value[:tokens]
+        if bool((slots < 0).any()):
+            real = slots >= 0
+            slots, key, value = slots[real], key[real], value[real]
+        block_size, width = kv_cache.shape[2], key.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        kv_cache[blocks, :, offsets, :width] = key.to(kv_cache.dtype)
+        kv_cache[blocks, :, offsets, width:] = value.to(kv_cache.dtype)
 
     def forward(
         self,
@@ -174,6 +186,8 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
             self.sinks = self.sinks.float().contiguous()
         if metadata.pages is not None:
             metadata.pages(query, out, index, scale=self.scale, sinks=self.sinks)
+        if metadata.prefill is not None:
+            metadata.prefill(self, layer, state.kv, index, query, out)
         for rows in metadata.groups:
             out[rows.queries] = attend_pages(
                 query[rows.queries], state.kv, rows, index, scale=self.scale, sinks=self.sinks
