@@ -80,6 +80,27 @@ def test_step_work_bound(limits):
     assert limits(layer_tokens_per_step=1).step_work == 16, "one block at least"
 
 
+@pytest.mark.parametrize(
+    ("work", "budgets", "parts", "steps"),
+    [
+        (100, "uniform", 1, 1),
+        (1000, "uniform", 1, 1),
+        (1001, "uniform", 2, 1),  # what is begun within the bound is sent
+        (2001, "uniform", 3, 2),
+        (10**6, "uniform", 36, 36),
+        (100, "global", 2, 1),
+        (600, "global", 2, 1),
+        (1001, "global", 4, 2),
+        (10**6, "global", 72, 72),
+    ],
+)
+def test_slices_and_steps_of_a_fit(limits, work, budgets, parts, steps):
+    """36 layers, 1,000 tokens of each per step."""
+    found = limits(layer_tokens_per_step=36 * 1000, budgets=budgets)
+    assert found.slices(work, 0)[0] == parts
+    assert found.fit_steps(work, 0) == steps
+
+
 #: Options, and the option that the refusal names. Sequences of up to 2,048 tokens, blocks of 16.
 USELESS = {
     "recent": ({"recent_tokens": 2030}, "--kv-compaction-config recent_tokens=2030", "lower it"),

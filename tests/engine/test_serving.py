@@ -515,3 +515,20 @@ def test_prompts_read_in_one_step_all_have_queries(tiny_model):
         engine.run(asks)
         assert engine.scheduler.compaction.query_pool.capacity == 512, "of two"
         assert engine.totals.compactions == len(asks) and not engine.totals.failures
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_no_fit_for_a_request_that_ends_before_it(tiny_model, force_async):
+    """One step fits, the next commits; one more where tokens are pending (async scheduling)."""
+    compactions = {}
+    with driver.start(tiny_model, {**QUARTER, "cache": "off"}, force_async=force_async) as engine:
+        jobs = engine.scheduler.compaction.jobs
+        for tokens in range(1, 7):
+            before, begun = engine.scheduler.compaction.journal.totals.compactions, jobs._next_id
+            engine.run([driver.Ask(driver.random_prompt(random.Random(tokens), 900), tokens)])
+            begun = jobs._next_id - begun
+            compactions[tokens] = engine.scheduler.compaction.journal.totals.compactions - before
+            assert begun == compactions[tokens], "nothing is begun that is not used"
+    least = min(tokens for tokens, found in compactions.items() if found)
+    assert least <= (5 if force_async else 3)
+    assert all(compactions[tokens] for tokens in range(least, 7))

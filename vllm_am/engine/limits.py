@@ -245,6 +245,19 @@ class EngineLimits:
         """Work per layer (see :meth:`work`) that, done in all layers, fills one step."""
         return max(self.block_size, self.config.layer_tokens_per_step // self.num_layers)
 
+    def slices(self, tokens: int, slots: int) -> tuple[int, int]:
+        """Into how many slices the fit of a span is cut, and the work of each."""
+        work = self.work(tokens, slots)
+        parts = min(self.num_layers, ceil_div(work, self.step_work))
+        # Global budgets: all layers are measured before any of them is fitted.
+        rounds = 2 if self.config.measures_scores else 1
+        return parts * rounds, ceil_div(work, parts)
+
+    def fit_steps(self, tokens: int, slots: int) -> int:
+        """Steps that the slices of a fit take where there is no other."""
+        parts, work = self.slices(tokens, slots)
+        return ceil_div(parts, ceil_div(self.step_work, work))
+
     @property
     def sample_positions(self) -> int:
         """Token positions that give ``reference_queries`` queries per KV head."""

@@ -68,6 +68,19 @@ def test_museum_9_trigger(case):
     assert [(span.start, span.end) for span in got] == ([expected] if expected else [])
 
 
+@pytest.mark.parametrize(
+    ("left", "steps", "compacts"),
+    [(None, 9, True), (0, 1, False), (1, 1, False), (2, 1, True), (5, 5, False), (6, 5, True)],
+)
+def test_no_compaction_for_a_sequence_that_ends_before_it(left, steps, compacts):
+    planner = make_planner(fit_steps=lambda tokens, slots: steps)
+    sequence = dataclasses.replace(view(2_000), steps_left=left)
+    assert bool(list(planner.spans([sequence], 500))) == compacts
+    pressed = make_planner(0.5, fit_steps=lambda tokens, slots: steps)
+    sequence = dataclasses.replace(sequence, threshold_tokens=None)
+    assert bool(list(pressed.spans([sequence], 100))) == compacts
+
+
 def ends(computed, marked=0, common=0, end=SIZE, **kwargs):
     """A sequence with a prefix that others have."""
     return dataclasses.replace(

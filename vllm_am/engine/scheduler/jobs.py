@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
-from vllm_am.engine.footprint import ceil_div
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import FitReport, FitSlice, OnPolicy, Segment
 from vllm_am.engine.scheduler.blocks import CompactingManager
@@ -83,12 +82,7 @@ class Jobs:
             return None
         segment, source = reserved
         self._pool.forget(segment.block_ids)
-        work = self._limits.work(len(source) * self._limits.block_size, span.slots)
-        parts = min(self._limits.num_layers, ceil_div(work, self._limits.step_work))
-        # Global budgets: all layers are measured before any of them is fitted.
-        rounds = 2 if self._config.measures_scores else 1
-        parts *= rounds
-        slice_work = ceil_div(work * rounds, parts)
+        parts, slice_work = self._limits.slices(len(source) * self._limits.block_size, span.slots)
         job = Job(self._next_id, request, segment, source, queries, parts, slice_work, merges, key)
         self._pool.hold(queries.slots_read)
         self._next_id += 1

@@ -40,6 +40,8 @@ class SequenceView:
     common_end: Callable[[], int] = int
     """Where the prefix ends that other prompts had, in whole blocks; 0: none had any. Asked only
     when a span is due."""
+    steps_left: int | None = None
+    """Steps in which it can still be told of a fit that begins now; None: nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Planner(Footprint):
     """Groups of layers beside those that are compacted, each with blocks of its own."""
     window_blocks: int = 0
     """Most blocks that one sequence holds for them, whatever its length."""
+    fit_steps: Callable[[int, int], int] = lambda tokens, slots: 1
+    """Steps that a fit of so many tokens into so many slots takes."""
 
     @classmethod
     def of(
@@ -76,6 +80,7 @@ class Planner(Footprint):
             merge_slots=limits.config.merge_slots,
             window_groups=window_groups,
             window_blocks=window_blocks,
+            fit_steps=limits.fit_steps,
         )
 
     @property
@@ -200,7 +205,11 @@ class Planner(Footprint):
         blocks = self.span_blocks(end - start, sequence.ratio)
         if blocks > free_blocks or (sequence.ratio < 1 and blocks >= (end - start) // size):
             return None
-        return Span(sequence.request_id, start, end, self.span_slots(end - start, sequence.ratio))
+        slots = self.span_slots(end - start, sequence.ratio)
+        left = sequence.steps_left
+        if left is not None and left <= self.fit_steps(end - start, slots):
+            return None  # it ends before its compaction could
+        return Span(sequence.request_id, start, end, slots)
 
     def _end(self, sequence: SequenceView) -> int:
         """Where the next span should end: with the text that others have, so that they share it.

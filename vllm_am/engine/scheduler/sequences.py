@@ -136,7 +136,18 @@ class Sequences:
             compacted_blocks=sum(len(s.block_ids) for s in segments),
             marked_end=options.marked_end,
             common_end=partial(self._common_end, request) if options.cache else int,
+            steps_left=self._steps_left(request),
         )
+
+    def _steps_left(self, request: Request) -> int | None:
+        """See ``SequenceView``; None while its prompt is being read."""
+        pending = request.num_output_placeholders
+        if request.num_computed_tokens - pending < request.num_prompt_tokens:
+            return None
+        longest = request.num_prompt_tokens + request.max_tokens
+        left = min(longest, self._limits.max_model_len) - request.num_tokens
+        # Where tokens are pending, so is what the workers report: async scheduling.
+        return left - 2 * pending
 
     def merge_due(self, request: Request) -> Span | None:
         """All that was compacted of it, where its segments have outgrown ``merge_slots``."""
