@@ -62,6 +62,16 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.slow
 @pytest.mark.engine
+def test_what_the_flag_costs_is_measured_beside_stock(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.nothing_compacted", "--smoke", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    stock, ours = rows_of(tmp_path / "nothing_compacted.csv")
+    assert [stock["engine"], ours["engine"]] == ["stock", "compaction"]
+    assert ours["compactions"] == "0" and ours["tokens/s"] != stock["tokens/s"]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
 def test_memory_bound_stage_compares_both_engines(tmp_path):
     process = run_suite("--smoke", "--stage", "memory-bound", "--out", str(tmp_path))
     assert process.returncode == 0, process.stdout + process.stderr

@@ -55,6 +55,15 @@ def test_sampling_depends_on_the_position_alone():
     assert 100 < len(whole) < 300
 
 
+@pytest.mark.parametrize(("rate", "always_from"), [(0.2, NEVER), (1.0, NEVER), (0.2, 900)])
+def test_one_at_a_time_is_all_at_once(rate, always_from):
+    """And nothing behind the longest sequence."""
+    expected, _ = sample(make_pool(capacity=4096), 0, 1000, rate, always_from)
+    pool = make_pool(capacity=4096, max_positions=1000)
+    assert [i for i in range(1001) if sample(pool, i, 1, rate, always_from)[0]] == expected
+    pool.check()
+
+
 def test_always_from_keeps_the_end_of_the_prompt():
     offsets, _ = sample(make_pool(), 100, 20, rate=0.0, always_from=113)
     assert offsets == [13, 14, 15, 16, 17, 18, 19]

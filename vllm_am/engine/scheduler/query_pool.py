@@ -27,6 +27,10 @@ _MIX_2 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_3 = np.uint64(0x94D049BB133111EB)
 
 
+#: Offsets of no token, and of the first.
+_NONE, _FIRST = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+
+
 def position_priority(positions: np.ndarray) -> np.ndarray:
     """A fixed pseudo-random number in [0, 1) for every token position (splitmix64 finaliser).
 
@@ -165,6 +169,15 @@ class QueryPool:
             offsets from ``start`` and slots, both int64 [n]; n is less than wanted when the pool
             is full of live samples.
         """
+        if count == 1 and self._free and start < len(self._priority):
+            # Decoding: numpy takes longer over one number than this.
+            share = (1.0 if start >= always_from else rate) * self._share
+            if self._priority[start] >= share:
+                return _NONE, _NONE
+            slot = self._slot(owner_of, start)
+            self.positions[slot] = start
+            self._fresh.add(slot)
+            return _FIRST, np.array([slot], dtype=np.int64)
         rates = np.full(count, rate)
         rates[max(0, always_from - start) :] = 1.0
         wanted = start + np.flatnonzero(self._priority[start : start + count] < rates * self._share)
@@ -176,16 +189,20 @@ class QueryPool:
                 wanted = wanted[np.unique(index)] if len(self._free) else wanted[:0]
         slots = np.empty(len(wanted), dtype=np.int64)
         for i, position in enumerate(wanted.tolist()):
-            block, offset = divmod(position, self.block_size)
-            samples = self._samples.setdefault(owner_of(block), {})
-            slot = samples.get(offset)
-            if slot is None:
-                slot = samples[offset] = self._free.pop()
-                self._uses[slot] = 1
-            slots[i] = slot
+            slots[i] = self._slot(owner_of, position)
         self.positions[slots] = wanted
         self._fresh.update(slots.tolist())
         return wanted - start, slots
+
+    def _slot(self, owner_of: Callable[[int], Owner], position: int) -> int:
+        """The slot of a position, a free one if it has none yet."""
+        block, offset = divmod(position, self.block_size)
+        samples = self._samples.setdefault(owner_of(block), {})
+        slot = samples.get(offset)
+        if slot is None:
+            slot = samples[offset] = self._free.pop()
+            self._uses[slot] = 1
+        return slot
 
     def is_regular(self, slots: np.ndarray, rate: float) -> np.ndarray:
         """bool [n]: which of them a sample of this rate has, whatever else is always kept."""
