@@ -76,9 +76,8 @@ def main(
     """Measure, write ``nothing_compacted.{csv,md}``."""
     folder = result_path(out, record)
     notes = ["Answers of one token: the time is that of reading the prompts."]
-    Report("nothing_compacted", "The flag is on, nothing is compacted", rows_of(smoke), notes).write(
-        folder
-    )
+    title = "The flag is on, nothing is compacted"
+    Report("nothing_compacted", title, rows_of(smoke), notes).write(folder)
     typer.echo((folder / "nothing_compacted.md").read_text())
     typer.echo(written(folder, "nothing_compacted.md", "nothing_compacted.csv"))
 
