@@ -6,7 +6,7 @@ Installing the package is all that ``vllm serve --kv-compaction`` needs.
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazily: vLLM imports this package in every process, and the math must not import vLLM.
+    if name == "__version__":
+        return metadata.version("vllm-am")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from vllm_am.calibration.allocate import shares
 from vllm_am.compaction import METHODS
+
+if TYPE_CHECKING:
+    from vllm_am.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
@@ -24,9 +29,42 @@ POINTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 RATIOS = (0.02, 0.05, 0.1)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        console.print(f"vllm-am {version('vllm-am')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say the version, and exit."
+        ),
+    ] = False,
+) -> None:
     """Tools for KV-cache compaction by Attention Matching."""
+
+
+@app.command()
+def doctor() -> None:
+    """Check whether compaction would run here, and by which ways; try it out.
+
+    Exit status 1 if something would stop it.
+    """
+    from vllm_am.doctor import Verdict, findings
+
+    colors = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}
+    failed = False
+    for finding in findings():
+        mark = f"[{colors[finding.verdict]}]{finding.verdict.value:8}[/]"
+        console.print(
+            mark, f"{finding.what}: {escape(finding.says)}", highlight=False, soft_wrap=True
+        )
+        failed |= finding.verdict is Verdict.FAILURE
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -95,6 +133,56 @@ def models() -> None:
         kinds = ", ".join(family.model_types)
         listed.add_row(family.name, kinds, family.compacted, family.note)
     console.print(listed)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder or name of a Hugging Face model.")],
+    context: Annotated[str, typer.Option(help="Longest context, in tokens.")] = "128k",
+    ratio: Annotated[str, typer.Option(help="As --kv-compaction-ratio.")] = "20x",
+    memory: Annotated[str, typer.Option(help="Of one GPU.")] = "80GB",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel GPUs.")] = 1,
+    utilization: Annotated[float, typer.Option(help="As --gpu-memory-utilization.")] = 0.9,
+    block_size: Annotated[int, typer.Option(help="As --block-size.")] = 16,
+    threshold: Annotated[str, typer.Option(help="As --kv-compaction-threshold.")] = "",
+) -> None:
+    """Say how many contexts fit into a GPU with and without compaction, and what each holds.
+
+    From the model's config alone: nothing is loaded, no GPU is needed. 16-bit weights and keys;
+    what vLLM measures at startup (activations, CUDA graphs) comes off the memory, too.
+    """
+    from vllm_am.plan import PlanError, plan_of
+
+    try:
+        found = plan_of(
+            model,
+            context=context,
+            memory=memory,
+            tensor_parallel=tp,
+            utilization=utilization,
+            block_size=block_size,
+            options={"ratio": ratio, **({"threshold": threshold} if threshold else {})},
+        )
+    except (PlanError, ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    console.print(plan_table(found))
+
+
+def plan_table(found: Plan) -> Table:
+    """What fits, without compaction and with it."""
+    tokens, size = found.limits.max_model_len, found.limits.block_size
+    exact, held = found.exact_blocks(tokens), found.held_blocks(tokens)
+    before, after = found.sequences
+    table = Table("", "exact", "compacted", title=f"{tokens:,} tokens, blocks of {size}")
+    gib = found.block_bytes / 2**30
+    pools = found.exact_pool, found.pool
+    table.add_row("KV pool, GiB of each GPU", *(f"{blocks * gib:.1f}" for blocks in pools))
+    table.add_row("KV pool, blocks", *(f"{blocks:,}" for blocks in pools))
+    table.add_row("a context holds, blocks", f"{exact:,}", f"{held:,} ({exact / held:.1f}x less)")
+    table.add_row("a context holds, GiB", f"{exact * gib:.2f}", f"{held * gib:.2f}")
+    table.add_row("vLLM admits one with, blocks", f"{exact:,}", f"{found.peak_blocks:,}")
+    table.add_row("contexts at once", f"{before:,}", f"{after:,}")
+    return table
 
 
 @app.command()

@@ -94,7 +94,7 @@ def run_stages(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
-    parser.add_argument("--act", type=int, choices=[1, 2], help="the stages of a short command")
+    parser.add_argument("--act", type=int, choices=[1, 2, 3], help="the stages of a short command")
     parser.add_argument("--stage", action="append", choices=[stage.name for stage in STAGES])
     parser.add_argument("--seconds", type=float, help="time for all of it; default: no end")
     place = parser.add_mutually_exclusive_group()

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The suite on a GPU machine without network that is lent for minutes, as two commands:
+# The suite on a GPU machine without network that is lent for minutes, as two commands, and a third
+# of speeds that have been measured before:
 #
 #     benchmarks/gpu_suite/short.sh --act 1 --seconds 540
 #     benchmarks/gpu_suite/short.sh --act 2 --seconds 170
+#     benchmarks/gpu_suite/short.sh --act 3 --seconds 240
 #
 # vLLM comes from a folder `.gpu/` in the repository's root (ignored by git) whose bootstrap.sh
 # unpacks it and puts it on PYTHONPATH, unless it is installed. Results are written to $OUT if that

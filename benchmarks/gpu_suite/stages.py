@@ -2,8 +2,8 @@
 
 ``expected`` is what a stage takes on a fresh machine with an H200 and 16 cores, as far as it has
 been seen there (``benchmarks/results/gpu/README.md``). What takes the time is starting: importing
-vLLM takes 18 s in a process, a small model's engine 20 s more if nothing is in a cache, that of
-Qwen3-4B 50 s.
+vLLM takes 18 s in a process, a small model's engine 20 to 50 s more if nothing is in a cache, that
+of Qwen3-4B 50 s.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ STAGES = (
     Stage(
         "engine",
         "identity and a real compaction end to end: graphs on, model runner V2",
-        limit=230,
-        expected=146,
+        limit=330,
+        expected=265,
         act=1,
         command=(
             *_PYTEST,
@@ -140,16 +140,16 @@ STAGES = (
         "decode attention: bandwidth, FlashAttention",
         limit=70,
         expected=25,
-        act=1,
+        act=3,
         report=_attention,
     ),
-    Stage("fit", "time of a compaction's stages", limit=90, expected=45, act=1, report=_fit),
+    Stage("fit", "time of a compaction's stages", limit=90, expected=47, act=3, report=_fit),
     Stage(
         "solver",
         "the box solver, by thread blocks per head",
         limit=60,
         expected=30,
-        act=0,
+        act=3,
         report=_solver,
     ),
     Stage(
@@ -165,7 +165,7 @@ STAGES = (
         "cost of the flag with nothing compacted",
         limit=150,
         expected=90,
-        act=1,
+        act=3,
         report=_overhead,
     ),
     Stage(

@@ -23,6 +23,9 @@ from vllm_am.engine.layers import full_layers, has_window_layers
 #: Bytes of one slot's bias (float32) per layer and KV head.
 BIAS_BYTES = 4
 
+#: Bytes of an entry of a page table (int32): one per page of a compacted sequence.
+PAGE_ID_BYTES = 4
+
 #: Share of the KV pool's positions that the queries of a second sequence are worth.
 SMALL_POOL_SHARE = 1 / 8
 

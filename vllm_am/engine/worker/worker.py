@@ -22,7 +22,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_am.engine.limits import BIAS_BYTES, EngineLimits
+from vllm_am.engine.limits import BIAS_BYTES, PAGE_ID_BYTES, EngineLimits
 from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport
 from vllm_am.engine.spec import CompactableAttentionSpec, check_alike
 from vllm_am.engine.worker.copying_pass import find_head_weights
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Base
 else:
     _Base = object
-
-#: Bytes of an entry of a page table (int32): one per page of a compacted sequence.
-PAGE_ID_BYTES = 4
 
 
 class ReportingOutput(AsyncModelRunnerOutput):
