@@ -151,7 +151,7 @@ def plan(
     From the model's config alone: nothing is loaded, no GPU is needed. 16-bit weights and keys;
     what vLLM measures at startup (activations, CUDA graphs) comes off the memory, too.
     """
-    from vllm_am.plan import PlanError, plan_of
+    from vllm_am.plan import plan_of
 
     try:
         found = plan_of(
@@ -163,7 +163,7 @@ def plan(
             block_size=block_size,
             options={"ratio": ratio, **({"threshold": threshold} if threshold else {})},
         )
-    except (PlanError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     console.print(plan_table(found))
 

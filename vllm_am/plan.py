@@ -16,9 +16,9 @@ import torch
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.footprint import ceil_div
 from vllm_am.engine.layers import full_layers, has_window_layers
-from vllm_am.engine.limits import BIAS_BYTES, PAGE_ID_BYTES, EngineLimits
+from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.scheduler.planner import Planner, SequenceView
-from vllm_am.engine.worker.state import SLICE_BYTES
+from vllm_am.engine.worker.state import gpu_fit_bytes
 
 #: Of the two batches that vLLM has under way on a GPU, and of one on a CPU (its own defaults).
 BATCHED_TOKENS = 8192
@@ -128,9 +128,8 @@ class Plan:
         """Blocks beside bias, page tables, query pool and the temporaries of a fit."""
         available = self.available - self.fit_bytes
         token = self.shape.token_bytes(self.itemsize)
-        slots = self.shape.layers * self.shape.kv_heads
-        slot_bytes = BIAS_BYTES + PAGE_ID_BYTES / self.limits.block_size
-        usable = self.limits.kv_bytes(available, token, slots * slot_bytes / token)
+        share = self.limits.bias_share(self.shape.layers * self.shape.kv_heads, token)
+        usable = self.limits.kv_bytes(available, token, share)
         return max(0, usable) // self.block_bytes
 
     def exact_blocks(self, tokens: int) -> int:
@@ -161,10 +160,10 @@ class Plan:
                 span = next(planner.spans([view], free), None)
             else:
                 span = planner.next_span(view, free)
-            shortest = planner.shortest_span(limits.config.ratio)
-            if span is None or (
-                limits.threshold.tokens is None and span.end - span.start < shortest
-            ):
+                shortest = planner.shortest_span(limits.config.ratio)
+                if span is not None and span.end - span.start < shortest:
+                    span = None
+            if span is None:
                 break
             blocks += planner.span_blocks(span.end - span.start, limits.config.ratio)
             end = span.end
@@ -251,5 +250,5 @@ def plan_of(
         itemsize=ITEMSIZE,
         block_size=block_size,
         options=options,
-        fit_bytes=max(SLICE_BYTES, total // 32),
+        fit_bytes=gpu_fit_bytes(total),
     )

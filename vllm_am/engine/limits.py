@@ -298,6 +298,15 @@ class EngineLimits:
         two = min(2 * self.positions_of_one, int(SMALL_POOL_SHARE * pool_tokens))
         return max(one, two, int(self.config.query_pool_share * pool_tokens))
 
+    def bias_share(self, heads: int, bytes_per_token: float) -> float:
+        """Bytes of bias and page tables per byte of keys and values.
+
+        Args:
+            heads: KV heads of all layers of the rank that are compacted.
+            bytes_per_token: keys and values of one token in these layers.
+        """
+        return heads * (BIAS_BYTES + PAGE_ID_BYTES / self.block_size) / bytes_per_token
+
     def kv_bytes(self, available: int, bytes_per_token: float, bias_share: float) -> int:
         """What is left for keys and values of ``available`` bytes, beside bias and query pool.
 

@@ -12,7 +12,7 @@ import torch
 from tests.engine import driver
 from tests.engine.models import make_random_model
 from vllm_am.compaction.attend_pages import attend_pages, group_rows
-from vllm_am.engine.worker import attention_cpu
+from vllm_am.engine.worker import attention_cpu, prefill_cpu
 from vllm_am.engine.worker.prefill_cpu import ExactPrefill, ExactPrefillBuilder
 
 pytestmark = pytest.mark.engine
@@ -27,10 +27,11 @@ def paths(monkeypatch):
     """Rows attended to by vLLM's kernel and in plain torch, one layer's; vLLM's are checked."""
     seen: Counter[str] = Counter()
     built = {}
-    build, call, plain = ExactPrefillBuilder.build, ExactPrefill.__call__, attend_pages
+    build, call, plain = ExactPrefillBuilder._of, ExactPrefill.__call__, attend_pages
 
-    def observed_build(self, rows, kv, common):
-        prefill = build(self, rows, kv, common)
+    def observed_build(self, rows, kv, common, scratch):
+        scratch.fill_(torch.nan)
+        prefill = build(self, rows, kv, common, scratch)
         built[id(prefill)] = rows
         return prefill
 
@@ -46,7 +47,7 @@ def paths(monkeypatch):
         seen["torch"] += len(rows.live_tokens) * (index == 0)
         return plain(query, kv, rows, index, **keywords)
 
-    monkeypatch.setattr(ExactPrefillBuilder, "build", observed_build)
+    monkeypatch.setattr(ExactPrefillBuilder, "_of", observed_build)
     monkeypatch.setattr(ExactPrefill, "__call__", observed_call)
     monkeypatch.setattr(attention_cpu, "attend_pages", observed_plain)
     return seen
@@ -58,8 +59,10 @@ def serve(model, tokens, compaction, **options):
         return engine.run(asks, check=compaction is not None)
 
 
-def test_chunks_of_several_sequences(tiny_model, paths):
-    """Over several steps, beside each other and beside decoding ones."""
+@pytest.mark.parametrize("scratch_bytes", [prefill_cpu.SCRATCH_BYTES, 1])
+def test_chunks_of_several_sequences(tiny_model, paths, monkeypatch, scratch_bytes):
+    """Over several steps, beside each other and beside decoding ones; one by one, too."""
+    monkeypatch.setattr(prefill_cpu, "SCRATCH_BYTES", scratch_bytes)
     tokens = [700, 33, 129, 300, 9]
     found = serve(tiny_model, tokens, {"threshold": 1900})
     assert paths["vllm"] >= 8 and not paths["torch"]

@@ -43,7 +43,7 @@ class CompactionMetadata:
 
     pages: PageAttention | None
     """The rows that our kernel attends to."""
-    prefill: ExactPrefill | None
+    prefill: list[ExactPrefill]
     """Those that vLLM's does."""
     groups: list[PagedRows]
     """The others."""
@@ -109,7 +109,7 @@ class CompactionMetadataBuilder(AttentionMetadataBuilder[CompactionMetadata]):
         empty = torch.empty(0, dtype=torch.int64)
         return CompactionMetadata(
             pages=PageAttention(few, state.kv, self.query_heads) if few else None,
-            prefill=self.exact_prefill.build(exact, state.kv, common) if exact else None,
+            prefill=self.exact_prefill.build(exact, state.kv, common) if exact else [],
             groups=list(group_rows(others, state.kv)),
             state=state,
             capture_rows=torch.cat([*captured, empty]),
@@ -186,8 +186,8 @@ class CompactionAttentionImpl(PlainLayer, CPUAttentionBackendImpl):
             self.sinks = self.sinks.float().contiguous()
         if metadata.pages is not None:
             metadata.pages(query, out, index, scale=self.scale, sinks=self.sinks)
-        if metadata.prefill is not None:
-            metadata.prefill(self, layer, state.kv, index, query, out)
+        for prefill in metadata.prefill:
+            prefill(self, layer, state.kv, index, query, out)
         for rows in metadata.groups:
             out[rows.queries] = attend_pages(
                 query[rows.queries], state.kv, rows, index, scale=self.scale, sinks=self.sinks

@@ -32,17 +32,21 @@ from vllm_am.engine.footprint import ceil_div
 #: Slots of a block of the scratch cache; vLLM's kernels want multiples of 32.
 SCRATCH_BLOCK = 128
 
+#: Bound of the scratch cache, unless a single sequence has more: rows go in several groups then.
+SCRATCH_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class ExactPrefill:
-    """Exact rows of one batch, the same in all layers.
+    """Some exact rows of one batch, the same in all layers.
 
     Attributes:
         queries: their rows in the batch, in order.
         pages: by row, int64 [layers, heads, b]: the pages of its tokens.
         tokens: by row, how many those are.
         slots: by row, int64 [tokens]: where they go in the scratch cache.
-        scratch: [blocks, heads, SCRATCH_BLOCK, 2 D], written anew in every layer.
+        ends: by row, its last block there, of which it fills a part.
+        scratch: [blocks, heads, SCRATCH_BLOCK, 2 D], written anew by every group in every layer.
         metadata: vLLM's, of a batch of these rows over the scratch cache.
     """
 
@@ -50,6 +54,7 @@ class ExactPrefill:
     pages: list[torch.Tensor]
     tokens: list[int]
     slots: list[torch.Tensor]
+    ends: list[int]
     scratch: torch.Tensor
     metadata: CPUAttentionMetadata
 
@@ -71,6 +76,8 @@ class ExactPrefill:
             out: like ``query``, written at the rows.
         """
         vllms = CPUAttentionBackendImpl
+        # It is read to its end, and what another sequence has left there may be no number.
+        self.scratch[self.ends] = 0
         for pages, tokens, slots in zip(self.pages, self.tokens, self.slots, strict=True):
             entries = kv.pages.index_select(0, pages[index].flatten())
             entries = entries.view(len(pages[index]), -1, entries.shape[2])[:, :tokens]
@@ -107,8 +114,30 @@ class ExactPrefillBuilder:
 
     def build(
         self, rows: Sequence[PagedRow], kv: PagedKV, common: CommonAttentionMetadata
+    ) -> list[ExactPrefill]:
+        """Of some rows of a batch, in their order, each of which it takes; one after the other."""
+        heads, width = kv.num_kv_heads, kv.pages.shape[2]
+        block_bytes = heads * SCRATCH_BLOCK * width * kv.pages.itemsize
+        groups: list[list[PagedRow]] = []
+        blocks: list[int] = []
+        for row in rows:
+            more = ceil_div(row.live_tokens, SCRATCH_BLOCK)
+            if groups and (blocks[-1] + more) * block_bytes <= SCRATCH_BYTES:
+                groups[-1].append(row)
+                blocks[-1] += more
+            else:
+                groups.append([row])
+                blocks.append(more)
+        scratch = kv.pages.new_empty(max(blocks), heads, SCRATCH_BLOCK, width)
+        return [self._of(group, kv, common, scratch) for group in groups]
+
+    def _of(
+        self,
+        rows: Sequence[PagedRow],
+        kv: PagedKV,
+        common: CommonAttentionMetadata,
+        scratch: torch.Tensor,
     ) -> ExactPrefill:
-        """Of some rows of a batch, in their order, each of which it takes."""
         assert self._builder is not None
         counts = torch.tensor([ceil_div(row.live_tokens, SCRATCH_BLOCK) for row in rows])
         begins = counts.cumsum(0) - counts
@@ -130,18 +159,17 @@ class ExactPrefillBuilder:
         )
         first, last = rows[0].first, rows[-1].last
         together = last - first == int(starts[-1])
-        heads, width = kv.num_kv_heads, kv.pages.shape[2]
         return ExactPrefill(
             queries=slice(first, last)
             if together
             else torch.cat([torch.arange(row.first, row.last) for row in rows]),
-            pages=[kv.block_pages(row.blocks).unflatten(0, (-1, heads)) for row in rows],
+            pages=[kv.block_pages(row.blocks).unflatten(0, (-1, kv.num_kv_heads)) for row in rows],
             tokens=lengths.tolist(),
             slots=[
                 torch.arange(row.live_tokens) + begin * SCRATCH_BLOCK
                 for row, begin in zip(rows, begins.tolist(), strict=True)
             ],
-            # Zeros: the last block of a row is read to its end.
-            scratch=kv.pages.new_zeros(int(counts.sum()), heads, SCRATCH_BLOCK, width),
+            ends=(begins + counts - 1).tolist(),
+            scratch=scratch,
             metadata=self._builder.build(0, batch),
         )

@@ -75,7 +75,12 @@ def fit_bytes(device: torch.device) -> int:
     """Memory for the temporaries of a fit: on a GPU a share of it, left out of the KV cache."""
     if device.type != "cuda":
         return FIT_TEMPORARIES * DEFAULT_CHUNK_BYTES
-    return max(SLICE_BYTES, torch.cuda.get_device_properties(device).total_memory // 32)
+    return gpu_fit_bytes(torch.cuda.get_device_properties(device).total_memory)
+
+
+def gpu_fit_bytes(total: int) -> int:
+    """The same of a GPU with so many bytes."""
+    return max(SLICE_BYTES, total // 32)
 
 
 def head_names(layer_names: Iterable[str], vllm_config: VllmConfig) -> list[str]:

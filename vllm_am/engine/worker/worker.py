@@ -22,7 +22,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_am.engine.limits import BIAS_BYTES, PAGE_ID_BYTES, EngineLimits
+from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport
 from vllm_am.engine.spec import CompactableAttentionSpec, check_alike
 from vllm_am.engine.worker.copying_pass import find_head_weights
@@ -82,10 +82,10 @@ class CompactionWorkerMixin(_Base):
         if self.device.type == "cuda":  # elsewhere the KV cache's size is set, not found out
             available -= fit_bytes(self.device)
         bytes_per_token = sum(spec.page_size_bytes / spec.block_size for spec in specs)
-        slots = sum(spec.num_kv_heads for spec in specs)
-        bytes_per_slot = BIAS_BYTES + PAGE_ID_BYTES / specs[0].block_size
+        heads = sum(spec.num_kv_heads for spec in specs)
         limits = EngineLimits.from_vllm_config(self.vllm_config)
-        return limits.kv_bytes(available, bytes_per_token, slots * bytes_per_slot / bytes_per_token)
+        share = limits.bias_share(heads, bytes_per_token)
+        return limits.kv_bytes(available, bytes_per_token, share)
 
     def step_buffer_bytes(self, spec: Any) -> int:
         """What the attention backend's buffers for a step take, whatever the KV cache's size."""
