@@ -65,7 +65,7 @@ MAX_ANSWER_TOKENS = 32
 TALLY_SHARE = 0.25
 #: Every fit in the very next step, all eight of them if need be: what is shown are answers from the
 #: compacted cache. (The defaults spread the work for the sake of other requests.)
-AT_ONCE = {"layer_tokens_per_step": 10**8, "query_pool_share": 0.5}
+AT_ONCE = {"step_ms": 1e6, "query_pool_share": 0.5}
 #: What is promised: at this ratio, at least this share of the full cache's right answers.
 PROMISED_RATIO, PROMISED_ACCURACY = 0.1, 0.9
 

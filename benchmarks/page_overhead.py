@@ -252,7 +252,7 @@ def start(cases: Sequence[Case], budgets: Budgets, block_size: int) -> Iterator[
         "threshold": THRESHOLD,
         "reference_queries": shape.queries,
         # All of a fit in the step in which it is due.
-        "layer_tokens_per_step": 1 << 40,
+        "step_ms": 1e6,
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model))

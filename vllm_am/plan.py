@@ -206,6 +206,7 @@ def make_plan(
         block_size=block_size,
         max_model_len=context,
         num_layers=shape.layers,
+        kv_heads=shape.kv_heads,
         queries_per_kv=shape.queries_per_kv,
         head_size=shape.head_size,
         in_flight_tokens=in_flight_tokens,

@@ -78,7 +78,7 @@ def worker_slice(case: Case, heads: int, ratio: float, uneven: bool = False) -> 
     """
     # Here: the engine's rooms import vLLM.
     from vllm_am.config import CompactionConfig
-    from vllm_am.engine.messages import FitSlice, Segment
+    from vllm_am.engine.messages import FitSlice, HeadRange, Segment
     from vllm_am.engine.worker.fitting import FitProgress, Fitting
     from vllm_am.engine.worker.rotary import Rotary
     from vllm_am.engine.worker.state import FIT_TEMPORARIES, SLICE_BYTES
@@ -119,8 +119,7 @@ def worker_slice(case: Case, heads: int, ratio: float, uneven: bool = False) -> 
         query_slots=np.arange(positions),
         query_shifts=np.zeros(positions, dtype=np.int64),
         method=config.method,
-        part=0,
-        parts=1,
+        heads=HeadRange(0, heads, heads),
     )
     progress = FitProgress("", kv.block_pages(list(source)))
     with counting(KERNEL_COSTS) as counts:

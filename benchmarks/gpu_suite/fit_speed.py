@@ -63,13 +63,13 @@ def slice_heads(case: Case, ratio: float) -> int:
         block_size=16,
         max_model_len=case.tokens,
         num_layers=case.layers,
+        kv_heads=case.kv_heads,
         queries_per_kv=case.group_size,
         head_size=case.head_dim,
         in_flight_tokens=case.tokens,
     )
-    work = limits.work(case.tokens_per_fit, round(ratio * case.tokens_per_fit))
-    slices = min(case.layers, -(-work // limits.step_work))
-    return -(-case.layers // slices) * case.kv_heads
+    at_once = limits.heads_at_once(case.tokens_per_fit, round(ratio * case.tokens_per_fit))
+    return min(at_once, case.heads)
 
 
 def fit_case(case: Case, method: str, repeats: int, uneven: bool) -> Iterator[Row]:

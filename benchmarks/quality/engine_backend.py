@@ -117,7 +117,7 @@ def _serve(job: Mapping[str, Any]) -> list[Result]:
         # Every prompt is over it, the exact rest of a compacted sequence and its suffix are not.
         "threshold": shortest - job["margin"] - 1,
         # All of a fit in the step in which it is due: what is measured are compacted caches.
-        "layer_tokens_per_step": 1 << 40,
+        "step_ms": 1e6,
         **job["options"],
     }
     llm = LLM(

@@ -161,7 +161,7 @@ def serve_arguments(samples: Sequence[Sample], tokenize: Tokenize, setup: Setup)
         "protected_tokens": max(before for before, _ in around),
         "recent_tokens": max(1, max(behind for _, behind in around)),
         # What is measured are answers from the compacted cache: every fit in the very next step.
-        "layer_tokens_per_step": 1 << 40,
+        "step_ms": 1e6,
         **setup.config,
     }
     answer = max(sample.max_tokens or setup.max_tokens for sample in samples)

@@ -119,8 +119,8 @@ def test_every_option_changes_something(reading, option):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="layer_tokens_per_step"):
-        TensorOptions.from_dict(0.1, {"layer_tokens_per_step": 1})
+    with pytest.raises(ValueError, match="step_ms"):
+        TensorOptions.from_dict(0.1, {"step_ms": 1})
     with pytest.raises(ValueError, match="budgets"):
         TensorOptions.from_dict(0.1, {"budgets": "nonsense"})
 

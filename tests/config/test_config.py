@@ -126,7 +126,8 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "min_span_tokens": ([1, 1024], [0, -1, 1.5, "256", True, None], ">= 1"),
     "max_span_tokens": ([256, 4096], [0, -1, 1.5, "256", True, None], ">= 1"),
     "merge_slots": ([None, 1, 4096], [0, -1, 1.5, "4096", True], ">= 1"),
-    "layer_tokens_per_step": ([1, 1 << 20], [0, -1, 1.5, "1", True, None], ">= 1"),
+    "step_ms": ([None, 0.5, 20], [0, -1, "20", True, math.nan, math.inf], "milliseconds > 0"),
+    "pressed_step_ms": ([None, 200], [0, -1, "20", True, math.nan, math.inf], "milliseconds > 0"),
 }
 
 
@@ -254,7 +255,10 @@ def test_museum_10_defaults_are_pinned():
         "min_span_tokens": 256,  # ours
         "max_span_tokens": 16384,  # ours
         "merge_slots": None,  # ours: a token is compacted once, until the operator says otherwise
-        "layer_tokens_per_step": 65536,  # ours
+        # Ours: 20 ms on a GPU, 50 ms on a CPU (benchmarks/results/neighbours.md); ten times as much
+        # while somebody waits for blocks.
+        "step_ms": None,
+        "pressed_step_ms": None,
     }
     assert DEFAULT_THRESHOLD_TOKENS == 4096
 

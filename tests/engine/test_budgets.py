@@ -73,7 +73,7 @@ BUDGETS = {
 def test_the_blocks_held_are_those_of_the_formula(tiny_model, budgets):
     """To the block, for spans and whole sequences, in one segment and several (README)."""
     limits = {"threshold": 512, "recent_tokens": 40, "max_span_tokens": 700}
-    options = {**limits, "budgets": budgets, "layer_tokens_per_step": 1 << 40, "cache": "off"}
+    options = {**limits, "budgets": budgets, "cache": "off"}
     compactions = 0
     with driver.start(tiny_model, options) as engine:
         for tokens, ratio in [(560, 0.1), (1000, 0.3), (1999, 0.1), (1999, 0.02)]:

@@ -101,14 +101,14 @@ def test_one_failing_layer_and_request_do_not_touch_the_others(tiny_model, monke
         healthy = engine.run(_asks())
     with driver.start(tiny_model) as engine:
         exact = engine.run(_asks())
-    original = fitting.Fitting._fit_layers
+    original = fitting.Fitting._fit_heads
 
-    def fails_once(self, layers, fit, progress):
-        if fit.request_id.startswith("1") and len(self.queries) - 1 in layers:
+    def fails_once(self, heads, fit, progress):
+        if fit.request_id.startswith("1") and self.heads - 1 in heads:
             raise FitError("singular", heads=[1])
-        original(self, layers, fit, progress)
+        original(self, heads, fit, progress)
 
-    monkeypatch.setattr(fitting.Fitting, "_fit_layers", fails_once)
+    monkeypatch.setattr(fitting.Fitting, "_fit_heads", fails_once)
     with driver.start(tiny_model, OPTIONS) as engine:
         outputs = engine.run(_asks())
         assert engine.totals.failures == {"singular": 1}

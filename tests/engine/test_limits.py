@@ -18,6 +18,7 @@ def limits(plugin):
             block_size=16,
             max_model_len=32768,
             num_layers=36,
+            kv_heads=8,
             queries_per_kv=4,
             head_size=128,
             in_flight_tokens=8192,
@@ -34,9 +35,12 @@ def test_sample_rate_takes_all_up_to_the_limit(limits, tokens, positions):
     assert limits().sample_rate(tokens) * tokens == pytest.approx(positions)
 
 
-def test_work_counts_slots_as_well(limits):
-    assert limits().work(4096, 41) == 4096 + 13
-    assert limits().work(4096, 2048) == 4096 + 2048 * 2048 // 128
+@pytest.mark.parametrize(
+    ("tokens", "slots", "heads"),
+    [(16384, 819, 24), (16384, 8192, 8), (2000, 100, 32 * 8), (100, 5, 655 * 8)],
+)
+def test_heads_at_once_are_bounded_by_tokens_and_slots(limits, tokens, slots, heads):
+    assert limits().heads_at_once(tokens, slots) == heads
 
 
 @pytest.mark.parametrize("share", [0.0, 1 / 32, 0.5], ids=str)
@@ -73,32 +77,6 @@ def test_protected_prefix_is_whole_blocks(limits):
     assert limits(protected_tokens=0).protected_tokens == 0
     assert limits(protected_tokens=4).protected_tokens == 16
     assert limits(protected_tokens=17).protected_tokens == 32
-
-
-def test_step_work_bound(limits):
-    assert limits(layer_tokens_per_step=36 * 1000).step_work == 1000
-    assert limits(layer_tokens_per_step=1).step_work == 16, "one block at least"
-
-
-@pytest.mark.parametrize(
-    ("work", "budgets", "parts", "steps"),
-    [
-        (100, "uniform", 1, 1),
-        (1000, "uniform", 1, 1),
-        (1001, "uniform", 2, 1),  # what is begun within the bound is sent
-        (2001, "uniform", 3, 2),
-        (10**6, "uniform", 36, 36),
-        (100, "global", 2, 1),
-        (600, "global", 2, 1),
-        (1001, "global", 4, 2),
-        (10**6, "global", 72, 72),
-    ],
-)
-def test_slices_and_steps_of_a_fit(limits, work, budgets, parts, steps):
-    """36 layers, 1,000 tokens of each per step."""
-    found = limits(layer_tokens_per_step=36 * 1000, budgets=budgets)
-    assert found.slices(work, 0)[0] == parts
-    assert found.fit_steps(work, 0) == steps
 
 
 #: Options, and the option that the refusal names. Sequences of up to 2,048 tokens, blocks of 16.

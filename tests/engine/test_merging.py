@@ -143,7 +143,7 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
             return segments, pages, *read_segments(state.kv, pages)
 
         def spy_run(fit, source_pages):
-            if fit.merges and fit.part == 0:
+            if fit.merges and fit.measures and fit.heads.begin == 0:
                 before[fit.job_id] = held(fit.request_id)
             return run(fit, source_pages)
 
@@ -184,7 +184,8 @@ def test_accounting_under_fuzz(tiny_model, force_async, queries):
             "max_span_tokens": 128,
             "min_span_tokens": 32,
             "queries": queries,
-            "layer_tokens_per_step": 900,
+            "step_ms": 0.001,
+            "pressed_step_ms": 1e6,
         },
     }
     preempted = 0

@@ -46,7 +46,8 @@ CASES: dict[str, tuple[dict, object]] = {
     "min_span_tokens": (SHARE, 1400),
     "max_span_tokens": (BASE, 320),
     "merge_slots": ({**BASE, "max_span_tokens": 320}, 200),
-    "layer_tokens_per_step": (BASE, 1024),
+    "step_ms": (BASE, 0.001),
+    "pressed_step_ms": ({**BASE, "step_ms": 0.001}, 1e6),
     "cache": (BASE, "off"),
 }
 
@@ -54,13 +55,13 @@ CASES: dict[str, tuple[dict, object]] = {
 def _served(model, options):
     """What compaction did with two long requests: every slice of work, every measured error."""
     asks = [Ask(random_prompt(random.Random(i), 1400), 20) for i in range(2)]
-    with driver.start(model, options, num_gpu_blocks_override=161) as engine:
+    with driver.start(model, options, num_gpu_blocks_override=81) as engine:
         slices = []
         issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             for fit in issue():
-                slices.append((fit.segment, fit.part, fit.parts, len(fit.query_slots)))
+                slices.append((fit.segment, fit.measures, fit.heads, len(fit.query_slots)))
                 yield fit
 
         engine.scheduler.compaction.jobs.slices = spy

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = ROOT / "benchmarks" / "recall" / "model"
 #: Every fit at once, so that answers come from the compacted cache.
-OPTIONS = {"threshold": 800, "query_pool_share": 1.0, "layer_tokens_per_step": 10**8}
+OPTIONS = {"threshold": 800, "query_pool_share": 1.0}
 
 
 def _right_answers(engine, extra_args=None, count=16):

@@ -175,7 +175,7 @@ def test_slices_of_one_fit_read_the_same_queries(tiny_model):
     options = {
         "ratio": 0.25,
         "threshold": 256,
-        "layer_tokens_per_step": 900,
+        "step_ms": 0.001,
         "reference_queries": 512,
         "query_pool_share": 0,
     }

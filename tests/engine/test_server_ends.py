@@ -15,8 +15,11 @@ from tests.engine.test_server import ENVIRONMENT, FLAGS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-#: Four long prompts, compacted slowly: many small slices.
-SLOW = ["--kv-compaction-config", '{"recent_tokens": 32, "layer_tokens_per_step": 64}']
+#: Four long prompts, compacted slowly: a head per step.
+SLOW = [
+    "--kv-compaction-config",
+    '{"recent_tokens": 32, "step_ms": 0.001, "pressed_step_ms": 0.001}',
+]
 
 #: Seconds after which a client hangs up. Now and then a server whose engine is gone waits for the
 #: connections of requests that nobody will finish: vLLM's own does, too, without compaction.

@@ -484,27 +484,28 @@ def test_accounting_under_fuzz(tiny_model, force_async):
 
 
 def test_long_fit_is_spread_over_steps(tiny_model):
-    """The work of one step is bounded: layers of a long span are fitted in several steps, and the
+    """What it adds to a step is bounded: with no time at all a head is fitted in each, and the
     sequence goes on decoding on its exact KV meanwhile."""
     asks = [Ask(random_prompt(random.Random(9), 900), 40)]
-    with driver.start(tiny_model, {**QUARTER, "layer_tokens_per_step": 900}) as engine:
+    with driver.start(tiny_model, {**QUARTER, "step_ms": 0.001}) as engine:
         slices = []
         issue = engine.scheduler.compaction.jobs.slices
 
         def spy():
             found = list(issue())
-            slices.extend((f.part, f.parts) for f in found)
+            slices.extend((f.measures, f.heads.begin, f.heads.end, f.heads.of) for f in found)
             return iter(found)
 
         engine.scheduler.compaction.jobs.slices = spy
         sliced = engine.run(asks)["0"]
-        # Three layers are measured for their budgets, then fitted.
-        assert slices == [(part, 6) for part in range(6)]
+        # Two heads of three layers are measured for their budgets, then fitted.
+        heads = [(head, head + 1, 6) for head in range(6)]
+        assert slices == [(measures, *head) for measures in (True, False) for head in heads]
         assert engine.totals.compactions == 1
     with driver.start(tiny_model) as engine:
         stock = engine.run(asks)["0"]
     # First token from the prefill, then one more for each step until the commit.
-    assert sliced[:7] == stock[:7] and sliced != stock
+    assert sliced[:13] == stock[:13] and sliced != stock
 
 
 def test_prompts_read_in_one_step_all_have_queries(tiny_model):

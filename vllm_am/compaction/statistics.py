@@ -44,6 +44,16 @@ class AttentionStatistics:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.lse, self.output, *self.scores.values()))
 
+    @classmethod
+    def joined(cls, parts: Sequence[AttentionStatistics]) -> AttentionStatistics:
+        """Those of all the heads of some, of the same queries and tokens; at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        norms = parts[0].scores
+        scores = {norm: torch.cat([part.scores[norm] for part in parts]) for norm in norms}
+        lse, output = ([getattr(p, name) for p in parts] for name in ("lse", "output"))
+        return cls(torch.cat(lse), torch.cat(output), scores)
+
     def heads(self, index: Tensor | slice) -> AttentionStatistics:
         """Those of some of the heads."""
         scores = {norm: score[index] for norm, score in self.scores.items()}

@@ -26,6 +26,13 @@ from vllm_am.config.ratio_threshold import (
 #: Values of ``cache``.
 CACHE_MODES = ("auto", "on", "off")
 
+#: ``step_ms`` by device: about what a decode step of a large model takes there, so that a stream of
+#: tokens goes on at half its pace at worst while something is compacted.
+DEFAULT_STEP_MS = {"cuda": 20.0, "cpu": 50.0}
+
+#: Of ``step_ms``, while somebody waits for blocks: who waits would gain nothing by short steps.
+PRESSED = 10
+
 #: Options that are about the passes of certain query sources.
 _OF_SOURCES = {
     "instruction": ("repeat-prefill",),
@@ -94,8 +101,12 @@ class CompactionConfig:
     """Whether compacted prefixes are kept for requests that begin with the same text: ``"on"``,
     ``"off"``, or ``"auto"``: where vLLM caches exact prefixes, and there is no ``merge_slots``.
     Their fits read no query from behind the span."""
-    layer_tokens_per_step: int = 65536
-    """Work bound of one engine step, in tokens x layers; longer fits are spread over steps."""
+    step_ms: float | None = None
+    """What compaction may add to one engine step, in milliseconds; longer fits are spread over
+    steps. None: :data:`DEFAULT_STEP_MS` of the device."""
+    pressed_step_ms: float | None = None
+    """The same while somebody waits for blocks of the KV pool. None: :data:`PRESSED` times as
+    much."""
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompactionConfig:
@@ -154,7 +165,6 @@ class CompactionConfig:
             "protected_tokens": 0,
             "min_span_tokens": 1,
             "max_span_tokens": 1,
-            "layer_tokens_per_step": 1,
         }
         if self.merge_slots is not None:
             whole["merge_slots"] = 1
@@ -176,6 +186,7 @@ class CompactionConfig:
                     f"--kv-compaction-config {name}={shown(value)}: expected a number in "
                     f"[{low:g}, {high:g}]"
                 )
+        self._validate_step_times()
         bound = self.max_error
         if bound is not None and (
             not isinstance(bound, int | float)
@@ -192,6 +203,25 @@ class CompactionConfig:
                 f"max_span_tokens={self.max_span_tokens}"
             )
         self._validate_queries()
+
+    def _validate_step_times(self) -> None:
+        for name in ("step_ms", "pressed_step_ms"):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int | float)
+                or isinstance(value, bool)
+                or not 0 < value < math.inf
+            ):
+                raise CompactionConfigError(
+                    f"--kv-compaction-config {name}={shown(value)}: expected milliseconds > 0, or "
+                    "null for the default"
+                )
+        pressed = self.pressed_step_ms
+        if self.step_ms is not None and pressed is not None and pressed < self.step_ms:
+            raise CompactionConfigError(
+                f"--kv-compaction-config pressed_step_ms={shown(pressed)}: must not be less than "
+                f"step_ms={shown(self.step_ms)}"
+            )
 
     def _validate_queries(self) -> None:
         """The texts of the query sources, and that each is of use."""
@@ -259,6 +289,15 @@ class CompactionConfig:
     def rotates_context(self) -> bool:
         """Whether the context's own queries are rotated behind it: unless named as captured."""
         return "context-prefill" not in self.query_fractions
+
+    def step_seconds(self, device_type: str) -> tuple[float, float]:
+        """What compaction may add to one engine step, and while somebody waits for blocks."""
+        default = DEFAULT_STEP_MS.get(device_type, DEFAULT_STEP_MS["cuda"])
+        usual = self.step_ms
+        if usual is None:
+            usual = min(default, self.pressed_step_ms or default)
+        pressed = self.pressed_step_ms or PRESSED * usual
+        return usual / 1000, pressed / 1000
 
     @property
     def measures_scores(self) -> bool:

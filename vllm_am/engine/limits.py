@@ -26,6 +26,13 @@ BIAS_BYTES = 4
 #: Bytes of an entry of a page table (int32): one per page of a compacted sequence.
 PAGE_ID_BYTES = 4
 
+#: Tokens x layers whose heads are fitted as one batch.
+SLICE_TOKENS = 65536
+
+#: Statistics of all heads of a rank that are kept from the measurement to the fit; larger ones are
+#: computed twice.
+KEPT_STATISTICS_BYTES = 256 << 20
+
 #: Share of the KV pool's positions that the queries of a second sequence are worth.
 SMALL_POOL_SHARE = 1 / 8
 
@@ -40,12 +47,15 @@ class EngineLimits:
     max_model_len: int
     num_layers: int
     """Layers of one pipeline stage that are compacted."""
+    kv_heads: int
+    """Of one layer and rank."""
     queries_per_kv: int
     """Query heads per KV head (the GQA group size)."""
     head_size: int
     in_flight_tokens: int
     prefix_caching: bool = False
     """Whether vLLM caches exact prefixes."""
+    device_type: str = "cuda"
     window_layers: bool = False
     """Whether there are layers beside them that hold a window of the text, in blocks of their own.
     """
@@ -68,10 +78,12 @@ class EngineLimits:
             max_model_len=model.max_model_len,
             # On average; a stage without any has nothing to do in the slices of the others.
             num_layers=max(1, len(layers) // parallel.pipeline_parallel_size),
+            kv_heads=model.get_num_kv_heads(parallel),
             queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+            device_type=vllm_config.device_config.device_type,
             window_layers=has_window_layers(model.hf_text_config),
         )
         limits.check_cache()
@@ -244,22 +256,31 @@ class EngineLimits:
         return ceil_div(self.config.protected_tokens, self.block_size) * self.block_size
 
     @property
-    def step_work(self) -> int:
-        """Work per layer (see :meth:`work`) that, done in all layers, fills one step."""
-        return max(self.block_size, self.config.layer_tokens_per_step // self.num_layers)
+    def heads(self) -> int:
+        """KV heads that are compacted, of one rank: all layers."""
+        return self.num_layers * self.kv_heads
 
-    def slices(self, tokens: int, slots: int) -> tuple[int, int]:
-        """Into how many slices the fit of a span is cut, and the work of each."""
-        work = self.work(tokens, slots)
-        parts = min(self.num_layers, ceil_div(work, self.step_work))
-        # Global budgets: all layers are measured before any of them is fitted.
-        rounds = 2 if self.config.measures_scores else 1
-        return parts * rounds, ceil_div(work, parts)
+    def heads_at_once(self, tokens: int, slots: int) -> int:
+        """Heads that a fit takes on as one batch, in whole layers: what bounds its memory.
 
-    def fit_steps(self, tokens: int, slots: int) -> int:
-        """Steps that the slices of a fit take where there is no other."""
-        parts, work = self.slices(tokens, slots)
-        return ceil_div(parts, ceil_div(self.step_work, work))
+        Args:
+            tokens: of the span.
+            slots: per head, on average.
+        """
+        # The Gram matrices cost ``4 n t^2`` operations where the statistics cost ``4 n T d``, and
+        # take memory likewise: ``t`` slots count like ``t^2 / d`` more tokens.
+        size = tokens + slots * slots // self.head_size
+        return max(1, round(SLICE_TOKENS / size)) * self.kv_heads
+
+    def keeps_statistics(self, queries: int, tokens: int) -> bool:
+        """Whether what is measured of all heads is kept for their fits.
+
+        Args:
+            queries: of each head.
+            tokens: of the span.
+        """
+        floats = queries * (self.head_size + 1) + tokens
+        return 4 * floats * self.heads <= KEPT_STATISTICS_BYTES
 
     @property
     def sample_positions(self) -> int:
@@ -273,14 +294,6 @@ class EngineLimits:
         for at few positions of the text itself, and a sparser sample misses it.
         """
         return min(1.0, self.sample_positions / max(1, tokens))
-
-    def work(self, tokens: int, slots: int) -> int:
-        """Cost of fitting one layer's span, in tokens of a span of few slots.
-
-        The statistics cost ``4 n T d`` operations for ``n`` queries and the Gram matrices
-        ``4 n t^2``, so ``t`` slots count like ``t^2 / d`` more tokens.
-        """
-        return tokens + slots * slots // self.head_size
 
     @property
     def positions_of_one(self) -> int:

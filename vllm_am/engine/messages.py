@@ -69,8 +69,27 @@ class OnPolicy:
 
 
 @dataclass(frozen=True)
+class HeadRange:
+    """KV heads ``begin`` to ``end`` of ``of``, counted layer by layer.
+
+    A pipeline stage may have more or fewer layers than others: it takes its part of its own.
+    """
+
+    begin: int
+    end: int
+    of: int
+
+    def among(self, heads: int) -> range:
+        """Those of so many heads that it stands for."""
+        return range(heads * self.begin // self.of, heads * self.end // self.of)
+
+
+@dataclass(frozen=True)
 class FitSlice:
-    """One step's share of a compaction: fit layers ``part``/``parts`` of the span into its blocks.
+    """One step's share of a compaction: measure some heads, or fit them into the target's blocks.
+
+    Where the pages are divided by what all heads need (``CompactionConfig.measures_scores``), all
+    of them are measured before the first is fitted.
 
     A merge is a compaction whose source is not tokens but all segments of the sequence, which the
     workers know as the pages of each head.
@@ -89,8 +108,11 @@ class FitSlice:
     query_shifts: np.ndarray
     """int64 [n]: by how many positions each of them is rotated onwards."""
     method: str
-    part: int
-    parts: int
+    heads: HeadRange
+    measures: bool = False
+    """The heads are measured; else they are fitted."""
+    work: float = 0.0
+    """What the scheduler expects of it (``vllm_am.compaction.work``), to learn from the time."""
     random_queries: RandomQueries | None = None
     on_policy: OnPolicy | None = None
     """None: fitted before the forward pass, from queries that are there already."""
@@ -159,6 +181,19 @@ class CompactionStep:
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """How long a slice took: on the output rank, whose heads are like those of the others."""
+
+    job_id: int
+    measures: bool
+    work: float
+    """What had been expected of it."""
+    seconds: float
+    slots: tuple[int, ...] | None = None
+    """Where the pages were divided in it: slots of each head of that rank."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 )
 def test_the_formula_holds(layers, kv_heads, group, tokens, ratio, parts):
     from vllm_am.config import CompactionConfig
-    from vllm_am.engine.messages import FitSlice, Segment
-    from vllm_am.engine.worker.fitting import KEPT_STATISTICS_BYTES, FitProgress, Fitting
+    from vllm_am.engine.limits import KEPT_STATISTICS_BYTES
+    from vllm_am.engine.messages import FitSlice, HeadRange, Segment
+    from vllm_am.engine.worker.fitting import FitProgress, Fitting
     from vllm_am.engine.worker.rotary import Rotary
 
     assert KEPT_STATISTICS_BYTES == KEPT_BYTES
@@ -74,6 +75,8 @@ def test_the_formula_holds(layers, kv_heads, group, tokens, ratio, parts):
     progress = FitProgress("", kv.block_pages(source))
     with torch.inference_mode(), Held() as counted:
         for part in range(2 * parts):
+            turn, number = divmod(part, parts)
+            every = layers * kv_heads
             fit = FitSlice(
                 job_id=0,
                 request_id="",
@@ -82,8 +85,8 @@ def test_the_formula_holds(layers, kv_heads, group, tokens, ratio, parts):
                 query_slots=np.arange(positions),
                 query_shifts=np.zeros(positions, dtype=np.int64),
                 method=config.method,
-                part=part,
-                parts=2 * parts,
+                heads=HeadRange(every * number // parts, every * (number + 1) // parts, every),
+                measures=turn == 0,
             )
             fitting._run_slice(fit, progress)
     assert progress.heads == layers * kv_heads

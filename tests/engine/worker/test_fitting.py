@@ -18,18 +18,18 @@ def test_a_warm_up_fits_and_leaves_no_trace(tiny_model, mixed, more):
     with driver.start(tiny_model, config) as engine:
         fitting = engine.worker._compaction.fitting
         written = []
-        original = fitting._fit_layers
+        original = fitting._fit_heads
 
-        def spy(layers, fit, progress):
+        def spy(heads, fit, progress):
             # A long span's are too large to be kept, and are computed again, by another kernel.
             assert not progress.statistics
-            original(layers, fit, progress)
+            original(heads, fit, progress)
             pages = torch.cat(progress.lists)
             written.append((fit.merges, bool(fitting.kv.pages[pages].any())))
 
-        fitting._fit_layers = spy
+        fitting._fit_heads = spy
         assert fitting.warm_up(range(1, 11)) is None
-        fitting._fit_layers = original
+        fitting._fit_heads = original
         assert written == [(False, True), (True, True)][: 1 + bool(more)]
         assert not fitting.running
         assert not fitting.kv.pages.any() and not any(pool.any() for pool in fitting.queries)

@@ -9,8 +9,16 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from vllm_am.engine.limits import EngineLimits
-from vllm_am.engine.messages import FitReport, FitSlice, OnPolicy, Segment
+from vllm_am.engine.messages import (
+    FitReport,
+    FitSlice,
+    HeadRange,
+    OnPolicy,
+    Segment,
+    SliceReport,
+)
 from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.pace import JobWork, Pace
 from vllm_am.engine.scheduler.planner import Span
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import JobQueries
@@ -25,22 +33,35 @@ class Job:
     segment: Segment
     source_block_ids: tuple[int, ...]
     queries: JobQueries
-    parts: int
-    slice_work: int
-    """Work of one part (see ``EngineLimits.work``)."""
+    work: JobWork
     merges: bool = False
     """The source is all segments of the sequence, not tokens."""
     key: BlockHash | None = None
     """What the segment is to be published under, for other sequences; None: it is not."""
     issued: int = 0
+    """Heads that were sent: of all rounds, one behind the other."""
     report: FitReport | None = None
+
+    @property
+    def to_send(self) -> int:
+        """Heads of all rounds that were not sent yet."""
+        return len(self.work.rounds) * len(self.work.fits) - self.issued
+
+    @property
+    def next(self) -> tuple[bool, int]:
+        """The next head to be sent: whether it is measured (or fitted), and its number."""
+        turn, head = divmod(self.issued, len(self.work.fits))
+        return self.work.rounds[turn], head
 
 
 class Jobs:
     """All compactions of an engine that have a target, by request: at most one for each."""
 
-    def __init__(self, limits: EngineLimits, blocks: CompactingManager, pool: QueryPool) -> None:
+    def __init__(
+        self, limits: EngineLimits, blocks: CompactingManager, pool: QueryPool, pace: Pace
+    ) -> None:
         self._limits = limits
+        self._pace = pace
         self._config = limits.config
         self._blocks = blocks
         self._pool = pool
@@ -48,9 +69,19 @@ class Jobs:
         self.running: dict[str, Job] = {}
 
     @property
-    def outstanding_work(self) -> int:
-        """Work that is not yet sent (see ``EngineLimits.work``)."""
-        return sum(job.slice_work * (job.parts - job.issued) for job in self.running.values())
+    def outstanding_seconds(self) -> float:
+        """What is not yet sent of all of them is going to take."""
+        return sum(self._seconds_left(job) for job in self.running.values())
+
+    def _seconds_left(self, job: Job) -> float:
+        """What is not yet sent of one of them is going to take."""
+        if not job.to_send:
+            return 0.0
+        measures, head = job.next
+        left = self._pace.seconds(False, sum(job.work.fits[0 if measures else head :]))
+        if measures:
+            left += self._pace.seconds(True, job.work.measure * (len(job.work.fits) - head))
+        return left
 
     @property
     def coming_blocks(self) -> int:
@@ -82,29 +113,59 @@ class Jobs:
             return None
         segment, source = reserved
         self._pool.forget(segment.block_ids)
-        parts, slice_work = self._limits.slices(len(source) * self._limits.block_size, span.slots)
-        job = Job(self._next_id, request, segment, source, queries, parts, slice_work, merges, key)
+        tokens = len(source) * self._limits.block_size
+        work = self._pace.work(queries.positions, tokens, span.slots)
+        job = Job(self._next_id, request, segment, source, queries, work, merges, key)
         self._pool.hold(queries.slots_read)
         self._next_id += 1
         self.running[span.request_id] = job
         return job
 
     def slices(self) -> Iterator[FitSlice]:
-        """The next slices, oldest job first, within the work bound of one step (one at least)."""
-        budget = self._limits.step_work
-        for job in self.running.values():
-            while job.issued < job.parts and budget > 0:
-                budget -= job.slice_work
-                yield self._slice(job)
-                job.issued += 1
+        """The next slices, within what this step has for them; one head at least.
+
+        First of the compaction that gives back most blocks for the time that it still takes.
+        """
+        left, sent = self._pace.step_seconds, False
+        for job in sorted(self.running.values(), key=self._seconds_per_block):
+            while job.to_send and (left > 0 or not sent):
+                fit, seconds = self._next_slice(job, left, at_least_one=not sent)
+                if fit is None:
+                    return
+                yield fit
+                left, sent = left - seconds, True
+
+    def _seconds_per_block(self, job: Job) -> float:
+        freed = len(job.source_block_ids) - len(job.segment.block_ids)
+        return self._seconds_left(job) / max(1, freed)
+
+    def _next_slice(
+        self, job: Job, left: float, at_least_one: bool
+    ) -> tuple[FitSlice | None, float]:
+        """As many of the next heads as fit in the seconds left, and what they may take."""
+        measures, first = job.next
+        tokens = len(job.source_block_ids) * self._limits.block_size
+        most = self._limits.heads_at_once(tokens, job.segment.slots)
+        end, work, seconds = first, 0.0, 0.0
+        for head in range(first, min(first + most, len(job.work.fits))):
+            more = work + job.work.of(measures, head)
+            needed = self._pace.cautious_seconds(measures, more)
+            if needed > left and not (at_least_one and head == first):
+                break
+            end, work, seconds = head + 1, more, needed
+        if end == first:
+            return None, 0.0
+        job.issued += end - first
+        heads = HeadRange(first, end, len(job.work.fits))
+        return replace(self._slice(job, heads), measures=measures, work=work), seconds
 
     def whole(self, job: Job, on_policy: OnPolicy) -> FitSlice:
         """The one slice of a fit that takes place in this step's forward pass."""
-        job.issued = job.parts
-        return replace(self._slice(job), part=0, parts=1, on_policy=on_policy)
+        job.issued += job.to_send
+        every = len(job.work.fits)
+        return replace(self._slice(job, HeadRange(0, every, every)), on_policy=on_policy)
 
-    def _slice(self, job: Job) -> FitSlice:
-        """The next one."""
+    def _slice(self, job: Job, heads: HeadRange) -> FitSlice:
         return FitSlice(
             job.job_id,
             job.request.request_id,
@@ -113,17 +174,23 @@ class Jobs:
             job.queries.slots,
             job.queries.shifts,
             self._config.method,
-            part=job.issued,
-            parts=job.parts,
+            heads,
             random_queries=job.queries.drawn,
             merges=job.merges,
         )
 
-    def note(self, report: FitReport) -> None:
-        """The workers are done with a job; one that was cancelled meanwhile is nobody's."""
-        for job in self.running.values():
-            if job.job_id == report.job_id:
+    def note(self, report: FitReport | SliceReport) -> None:
+        """What the workers say of a job; one that was cancelled meanwhile is nobody's."""
+        job = next((j for j in self.running.values() if j.job_id == report.job_id), None)
+        if isinstance(report, FitReport):
+            if job is not None:
                 job.report = report
+            return
+        self._pace.note(report)
+        if job is not None and report.slots is not None:
+            tokens = len(job.source_block_ids) * self._limits.block_size
+            slots = job.segment.slots
+            job.work = self._pace.work(job.queries.positions, tokens, slots, report.slots)
 
     def take_reported(self) -> Iterator[tuple[Job, FitReport]]:
         """The jobs that are over; their targets are still reserved."""

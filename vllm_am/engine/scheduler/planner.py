@@ -71,7 +71,12 @@ class Planner(Footprint):
 
     @classmethod
     def of(
-        cls, limits: EngineLimits, num_blocks: int, window_groups: int = 0, window_blocks: int = 0
+        cls,
+        limits: EngineLimits,
+        num_blocks: int,
+        window_groups: int = 0,
+        window_blocks: int = 0,
+        fit_steps: Callable[[int, int], int] = lambda tokens, slots: 1,
     ) -> Planner:
         """The policy of an engine with a pool of ``num_blocks`` usable blocks."""
         return cls(
@@ -80,7 +85,7 @@ class Planner(Footprint):
             merge_slots=limits.config.merge_slots,
             window_groups=window_groups,
             window_blocks=window_blocks,
-            fit_steps=limits.fit_steps,
+            fit_steps=fit_steps,
         )
 
     @property

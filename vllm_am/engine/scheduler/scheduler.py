@@ -10,7 +10,7 @@ A compaction takes three steps of the engine, in which the sequence goes on as b
 source that needs reference passes, those come first: reference_pass.py):
 
 1. *plan* (planner.py, jobs.py): blocks for the compacted span are reserved; the fit is sent to the
-   workers, cut into slices of layers when it is long;
+   workers, cut into slices of heads, as many per step as step_ms allows (pace.py);
 2. *report*: the workers say whether the fit succeeded on every rank, and its held-out error;
 3. *commit* (commit.py): the segment takes the place of its tokens' blocks, and those return to the
    pool in time for the same step's allocations. A failed fit only returns the reserved blocks
@@ -60,6 +60,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     _holds_preemption = False
     """While blocks are about to come back: wait for them rather than throw a sequence out."""
+    _held_preemption = False
+    """It did, in the last step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,9 +72,11 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         step = CompactionStep()
         self._settle_reported(step)
+        self.compaction.pace.pressed = self._somebody_waits()
         self._start_jobs()
         step.fits.extend(self.compaction.jobs.slices())
         self._holds_preemption = bool(self.compaction.jobs.running)
+        self._held_preemption = False
         try:
             output = super().schedule(*args, **kwargs)
         finally:
@@ -93,6 +97,17 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             self.compaction.jobs.note(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _somebody_waits(self) -> bool:
+        """For blocks, which compactions under way would give: then they may take longer steps."""
+        if self._held_preemption:
+            return True
+        if not self.waiting or len(self.running) >= self.max_num_running_reqs:
+            return False
+        request = self.waiting.peek_request()
+        free = self.compaction.blocks.block_pool.get_num_free_blocks()
+        needed = self.compaction.planner.blocks_to_grow(request.num_tokens)
+        return bool(request.request_id not in self.passes and needed > free)
+
     def _settle_reported(self, step: CompactionStep) -> None:
         """Commit what succeeded, give up what failed."""
         for job, report in self.compaction.jobs.take_reported():
@@ -103,7 +118,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
                 self.compaction.failures.give_up(job, report)
 
     def _start_jobs(self) -> None:
-        """Start what is due, as much as one step's work bound admits.
+        """Start what is due, as much as one step has time for.
 
         What has been compacted for another sequence is taken over, which costs nothing; what is
         being compacted for another is waited for.
@@ -112,7 +127,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         for span, view in self._due():
             if shares and view is not None and self._is_shared(span, view.computed):
                 continue
-            if jobs.outstanding_work < self.compaction.limits.step_work:
+            if jobs.outstanding_seconds < self.compaction.pace.step_seconds:
                 after = span if view is None else self.after_passes(view, span)
                 if after is not None:
                     self._start_job(after, merges=view is None)
@@ -334,6 +349,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _request_blocks_can_be_freed(self, request: Request) -> bool:
         """Asked by ``schedule`` before it preempts: "not now" makes it wait a step instead."""
         if self._holds_preemption and request.request_id not in self.passes:
+            self._held_preemption = True
             return False
         can_be_freed: bool = super()._request_blocks_can_be_freed(request)
         return can_be_freed

@@ -15,6 +15,7 @@ from vllm_am.engine.scheduler.commit import Commits
 from vllm_am.engine.scheduler.give_up import Failures
 from vllm_am.engine.scheduler.jobs import Jobs
 from vllm_am.engine.scheduler.journal import Journal
+from vllm_am.engine.scheduler.pace import Pace
 from vllm_am.engine.scheduler.planner import Planner
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
@@ -36,6 +37,7 @@ class CompactionState:
     sequences: Sequences
     sharing: Sharing
     jobs: Jobs
+    pace: Pace
     commits: Commits
     failures: Failures
     journal: Journal
@@ -53,7 +55,9 @@ class CompactionState:
             _retain_windows(blocks, limits)
         pool = blocks.block_pool
         windows = [window.max_admission_blocks_per_request or 0 for window in blocks.windows]
-        planner = Planner.of(limits, pool.num_gpu_blocks - 1, len(windows), sum(windows))
+        pace = Pace(limits)
+        usable = pool.num_gpu_blocks - 1
+        planner = Planner.of(limits, usable, len(windows), sum(windows), pace.steps)
         query_pool = QueryPool(
             capacity=limits.query_pool_positions(pool.num_gpu_blocks),
             block_size=limits.block_size,
@@ -72,7 +76,8 @@ class CompactionState:
             queries=queries,
             sequences=sequences,
             sharing=Sharing(planner, blocks, sequences, journal, limits.protected_tokens),
-            jobs=Jobs(limits, blocks, query_pool),
+            jobs=Jobs(limits, blocks, query_pool, pace),
+            pace=pace,
             commits=Commits(blocks, queries, journal),
             failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
             journal=journal,

@@ -1,14 +1,14 @@
 """The compactions that a worker is fitting: slice by slice, with their budgets and outcome.
 
-A slice covers some layers, all of whose heads are fitted as one batch. An on-policy fit is one
-slice, whose layers are fitted one by one from inside the forward pass. Everything a fit writes goes
+A slice covers some heads, which are measured or fitted as one batch. An on-policy fit is one slice,
+whose layers are fitted one by one from inside the forward pass. Everything a fit writes goes
 to pages that belong to nobody else, so a failed or forgotten fit needs no clean-up.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -21,11 +21,10 @@ from vllm.logger import init_logger
 from vllm_am.compaction import METHODS, FitError, compact, evaluate_fit
 from vllm_am.compaction.budgets import GLOBAL_SCORE, global_pages, pages_by_shares
 from vllm_am.compaction.pages import PagedKV, read_pages, read_segments, write_pages
-from vllm_am.compaction.random_queries import random_queries
-from vllm_am.compaction.rotate_queries import rotate_queries
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics, unweighted
 from vllm_am.compaction.streaming import to_device
 from vllm_am.config import CompactionConfig
+from vllm_am.engine.limits import KEPT_STATISTICS_BYTES
 from vllm_am.engine.messages import (
     FAILURES,
     INTERNAL_ERROR,
@@ -33,16 +32,15 @@ from vllm_am.engine.messages import (
     TOO_LOSSY,
     FitReport,
     FitSlice,
+    HeadRange,
     Segment,
+    SliceReport,
 )
+from vllm_am.engine.worker.head_queries import head_queries
 from vllm_am.engine.worker.rotary import Rotary
+from vllm_am.engine.worker.stopwatch import Stopwatch
 
 logger = init_logger("vllm.kv_compaction")
-
-
-#: Statistics of all layers that are kept from the measurement to the fit; larger ones are computed
-#: twice.
-KEPT_STATISTICS_BYTES = 256 << 20
 
 
 #: Positions whose queries the fit of the warm-up reads, at most.
@@ -59,9 +57,9 @@ class FitProgress:
     lists: tuple[torch.Tensor, ...] = ()
     """int64 on the CPU: target pages of each (layer, KV head) of this rank."""
     scores: list[torch.Tensor] = field(default_factory=list)
-    """float32 [heads, T] of the layers measured so far, for global budgets."""
+    """float32 [heads, T] of the heads measured so far, for global budgets."""
     statistics: dict[range, AttentionStatistics] = field(default_factory=dict)
-    """By the layers of a slice: what was measured, for the fit, where it is small enough."""
+    """By the heads of a slice: what was measured, for their fit, where it is small enough."""
     failure: str | None = None
     errors: list[torch.Tensor] = field(default_factory=list)
     """float64 [2] on the device, of the slices so far: sums over heads of output and mass error."""
@@ -92,8 +90,17 @@ class Fitting:
     chunk_bytes: int
     head_weights: torch.Tensor | None = None
     """float64 [heads] on the CPU: what the scores of each head count for beside those of others."""
+    stopwatch: Stopwatch = field(init=False)
     running: dict[int, FitProgress] = field(default_factory=dict)
     """By job, from the first slice until the segment is taken over or given up."""
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.kv.pages.device)
+
+    @property
+    def heads(self) -> int:
+        """All that are compacted on this rank."""
+        return len(self.queries) * self.kv.num_kv_heads
 
     def warm_up(self, block_ids: Sequence[int]) -> str | None:
         """Fit something tiny in all stages, before anything is served.
@@ -128,8 +135,7 @@ class Fitting:
             query_slots=np.arange(positions),
             query_shifts=np.full(positions, tokens),
             method=self.config.method,
-            part=0,
-            parts=2 if self.config.measures_scores else 1,
+            heads=HeadRange(0, self.heads, self.heads),
         )
         progress = FitProgress("", self.kv.block_pages(source))
         self._warm_up(fit, progress)
@@ -144,9 +150,10 @@ class Fitting:
         return progress.failure
 
     def _warm_up(self, fit: FitSlice, progress: FitProgress) -> None:
-        for part in range(fit.parts):
+        for measures in (True, False) if self.config.measures_scores else (False,):
             progress.statistics.clear()  # as of a long span, whose fit computes them again
-            self._guarded(progress, partial(self._run_slice, replace(fit, part=part), progress))
+            each = replace(fit, measures=measures)
+            self._guarded(progress, partial(self._run_slice, each, progress))
 
     def forget(self, request_ids: set[str]) -> None:
         """These requests are gone, and with them their fits and the target pages."""
@@ -157,18 +164,27 @@ class Fitting:
         """The page lists of a fit that was committed."""
         return self.running.pop(job_id).lists
 
-    def run(self, fit: FitSlice, source_pages: torch.Tensor) -> FitReport | None:
-        """Run one slice; the report when it was the last.
+    def run(self, fit: FitSlice, source_pages: torch.Tensor) -> Iterator[FitReport | SliceReport]:
+        """Run one slice; what there is to say of it and of earlier ones.
 
         Args:
             source_pages: int64 [heads, n] on the CPU, what is compacted; in a merge -1 behind the
                 end of a shorter head's pages.
         """
-        if fit.part == 0:
+        if fit.heads.begin == 0 and fit.measures == self.config.measures_scores:
             self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
         progress = self.running[fit.job_id]
+        divided, started = bool(progress.lists), self.stopwatch.start()
         self._guarded(progress, lambda: self._run_slice(fit, progress))
-        return self._finish(fit.job_id) if fit.part + 1 == fit.parts else None
+        if progress.failure is None:
+            slots = None
+            if progress.lists and not divided:
+                slots = tuple(len(pages) * self.kv.block_size for pages in progress.lists)
+            report = SliceReport(fit.job_id, fit.measures, fit.work, 0.0, slots)
+            self.stopwatch.stop(started, report)
+        if not fit.measures and fit.heads.end == fit.heads.of:
+            yield self._finish(fit.job_id)
+        yield from self.stopwatch.finished()
 
     def begin_on_policy(
         self, fit: FitSlice, source_pages: torch.Tensor
@@ -192,7 +208,7 @@ class Fitting:
         def divide() -> None:
             if self.config.measures_scores:
                 for layer in range(len(self.queries)):
-                    self._measure(range(layer, layer + 1), measured, progress)
+                    self._measure(self._heads_of(layer), measured, progress)
                 progress.statistics.clear()  # of other queries than those of the fit
             progress.lists = self._divide_pages(fit, progress)
 
@@ -202,18 +218,21 @@ class Fitting:
     def fit_on_policy(self, fit: FitSlice, layer: int) -> None:
         """One layer of it, from the queries that have just arrived there."""
         progress = self.running[fit.job_id]
-        layers = range(layer, layer + 1)
-        self._guarded(progress, lambda: self._fit_layers(layers, fit, progress))
+        heads = self._heads_of(layer)
+        self._guarded(progress, lambda: self._fit_heads(heads, fit, progress))
+
+    def _heads_of(self, layer: int) -> range:
+        """Those of one layer of this rank."""
+        return range(layer * self.kv.num_kv_heads, (layer + 1) * self.kv.num_kv_heads)
 
     def end_on_policy(self, fit: FitSlice) -> FitReport:
         """After the forward pass."""
         progress = self.running[fit.job_id]
-        every = len(self.queries) * self.kv.num_kv_heads
-        if progress.failure is None and progress.heads != every:
+        if progress.failure is None and progress.heads != self.heads:
             logger.error(
                 "KV compaction: the forward pass fitted %d of %d heads of request %s",
                 progress.heads,
-                every,
+                self.heads,
                 fit.request_id,
             )
             progress.failure = INTERNAL_ERROR
@@ -242,24 +261,23 @@ class Fitting:
         progress.seconds += time.perf_counter() - started
 
     def _run_slice(self, fit: FitSlice, progress: FitProgress) -> None:
-        """Measure or fit the layers of one slice."""
-        passes = 2 if self.config.measures_scores else 1
-        parts = fit.parts // passes
-        part = fit.part % parts
-        layers = range(len(self.queries) * part // parts, len(self.queries) * (part + 1) // parts)
-        if fit.part < (passes - 1) * parts:
-            if layers:  # a stage of a pipeline may have fewer than others
-                self._measure(layers, fit, progress)
+        """Measure or fit the heads of one slice; a stage of a pipeline may have none of them."""
+        heads = fit.heads.among(self.heads)
+        if fit.measures:
+            if heads:
+                self._measure(heads, fit, progress)
+            if fit.heads.end == fit.heads.of:
+                progress.lists = self._divide_pages(fit, progress)
             return
-        if part == 0:
+        if not progress.lists:
             progress.lists = self._divide_pages(fit, progress)
-        if layers:
-            self._fit_layers(layers, fit, progress)
+        if heads:
+            self._fit_heads(heads, fit, progress)
 
-    def _measure(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
-        """Statistics of these layers' heads, before the pages of all heads are divided."""
-        keys, values, bias = self._source(layers, fit, progress)
-        queries, _ = self._reference_queries(layers, fit)
+    def _measure(self, heads: range, fit: FitSlice, progress: FitProgress) -> None:
+        """Statistics of these heads, before the pages of all heads are divided."""
+        keys, values, bias = self._source(heads, fit, progress)
+        queries, _ = self._reference_queries(heads, fit)
         if queries.shape[1] == 0:
             raise FitError("no-queries", range(len(keys)))
         statistics = attention_statistics(
@@ -273,8 +291,21 @@ class Fitting:
         )
         scores = statistics.scores[GLOBAL_SCORE]
         progress.scores.append(scores if bias is None else unweighted(scores, bias))
-        if statistics.nbytes * len(self.queries) <= KEPT_STATISTICS_BYTES * len(layers):
-            progress.statistics[layers] = statistics
+        if statistics.nbytes * self.heads <= KEPT_STATISTICS_BYTES * len(heads):
+            progress.statistics[heads] = statistics
+
+    def _measured(self, heads: range, progress: FitProgress) -> AttentionStatistics | None:
+        """What was kept of these heads' measurement; of what is not needed again, nothing is."""
+        parts = []
+        for kept, statistics in list(progress.statistics.items()):
+            begin, end = max(kept.start, heads.start), min(kept.stop, heads.stop)
+            if begin < end:
+                parts.append(statistics.heads(slice(begin - kept.start, end - kept.start)))
+            if kept.stop <= heads.stop:
+                del progress.statistics[kept]
+        if sum(len(part.lse) for part in parts) < len(heads):
+            return None
+        return AttentionStatistics.joined(parts)
 
     def _divide_pages(self, fit: FitSlice, progress: FitProgress) -> tuple[torch.Tensor, ...]:
         """The pages of the target blocks, shared out among the heads: all of them, each once."""
@@ -296,21 +327,20 @@ class Fitting:
         return pages.flatten().split(counts.tolist())
 
     def _source(
-        self, layers: range, fit: FitSlice, progress: FitProgress
+        self, heads: range, fit: FitSlice, progress: FitProgress
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys and values of what is compacted, [heads, T, D], and in a merge bias [heads, T]."""
-        heads = slice(layers.start * self.kv.num_kv_heads, layers.stop * self.kv.num_kv_heads)
-        pages = to_device(progress.source[heads], self.kv.pages.device)
+        pages = progress.source[heads.start : heads.stop]
+        pages = to_device(pages, self.kv.pages.device)
         if fit.merges:
             return read_segments(self.kv, pages)
         return *read_pages(self.kv, pages), None
 
-    def _fit_layers(self, layers: range, fit: FitSlice, progress: FitProgress) -> None:
-        """Compact the span in these layers into the target pages."""
-        keys, values, bias = self._source(layers, fit, progress)
-        reference, heldout = self._reference_queries(layers, fit)
-        kv_heads = self.kv.num_kv_heads
-        lists = progress.lists[layers.start * kv_heads : layers.stop * kv_heads]
+    def _fit_heads(self, heads: range, fit: FitSlice, progress: FitProgress) -> None:
+        """Compact the span in these heads into the target pages."""
+        keys, values, bias = self._source(heads, fit, progress)
+        reference, heldout = self._reference_queries(heads, fit)
+        lists = progress.lists[heads.start : heads.stop]
         room = torch.tensor([len(ids) for ids in lists]) * self.kv.block_size
         budget = room.clamp(max=keys.shape[1])
         compacted = compact(
@@ -321,8 +351,8 @@ class Fitting:
             method=fit.method,
             scale=self.scale,
             key_bias=bias,
-            group_size=self.queries[0].shape[1] // kv_heads,
-            statistics=progress.statistics.pop(layers, None),
+            group_size=self.queries[0].shape[1] // self.kv.num_kv_heads,
+            statistics=self._measured(heads, progress),
             chunk_bytes=self.chunk_bytes,
         )
         if bool((budget < keys.shape[1]).any()):
@@ -340,52 +370,15 @@ class Fitting:
         progress.heads += keys.shape[0]
         write_pages(self.kv, lists, compacted)
 
-    def _reference_queries(self, layers: range, fit: FitSlice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries to fit on and queries to measure on, disjoint, each ``[heads, N, D]``.
-
-        The split is by token position: the queries of one position in a GQA group resemble each
-        other too much to be on both sides.
-        """
-        device = self.kv.pages.device
-        slots, shifts = (
-            to_device(torch.as_tensor(array), device)
-            for array in (fit.query_slots, fit.query_shifts)
+    def _reference_queries(self, heads: range, fit: FitSlice) -> tuple[torch.Tensor, torch.Tensor]:
+        return head_queries(
+            self.queries,
+            self.rotations,
+            heads,
+            fit,
+            kv_heads=self.kv.num_kv_heads,
+            heldout_share=self.config.heldout_share,
         )
-        captured = torch.stack([self.queries[layer][slots] for layer in layers])
-        sampled = self._rotated(layers, captured, shifts)  # [L, n, Hq, D]
-        if (drawn := fit.random_queries) is not None:
-            like = to_device(torch.as_tensor(drawn.like), device)
-            vectors = [
-                random_queries(self.queries[layer][like], drawn.positions, seed=layer)
-                for layer in layers
-            ]
-            sampled = torch.cat([sampled, torch.stack(vectors)], dim=1)
-        grouped = sampled.unflatten(2, (self.kv.num_kv_heads, -1))
-        grouped = grouped.permute(0, 2, 3, 1, 4).flatten(0, 1)  # [L * H, g, n, D]
-        share = self.config.heldout_share
-        positions = grouped.shape[2]
-        every = max(2, round(1 / share)) if share > 0 else positions + 2
-        # Every so many-th is held out. By index: nobody has to count what a mask would choose.
-        fitted = torch.arange(positions - positions // every, device=device)
-        fitted += fitted // (every - 1)
-        held = grouped[:, :, every - 1 :: every]
-        return grouped[:, :, fitted].flatten(1, 2), held.flatten(1, 2)
-
-    def _rotated(self, layers: range, queries: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-        """Queries [L, n, Hq, D] of some layers, each moved by its shift."""
-        rotaries = [self.rotations[layer] for layer in layers]
-        if any(rotary is not rotaries[0] for rotary in rotaries):
-            parts = zip(layers, queries.split(1), strict=True)
-            return torch.cat([self._rotated(range(i, i + 1), part, shifts) for i, part in parts])
-        if (rotary := rotaries[0]) is None or not len(shifts):
-            return queries
-        turned = rotate_queries(
-            queries.transpose(1, 2),
-            shifts,
-            rotary.inverse_frequencies,
-            interleaved=rotary.interleaved,
-        )
-        return turned.transpose(1, 2)
 
     def _report(self, job_id: int, progress: FitProgress) -> FitReport:
         """Agree with the other ranks: one failing head anywhere fails the fit everywhere."""

@@ -34,6 +34,7 @@ from vllm_am.engine.messages import (
     FitReport,
     FitSlice,
     Segment,
+    SliceReport,
 )
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker.fitting import Fitting
@@ -251,7 +252,9 @@ class WorkerState:
         """The engine goes: another one may follow in this process."""
         _states.pop(engine_key(vllm_config), None)
 
-    def begin_step(self, step: CompactionStep | None, gone: set[str]) -> list[FitReport]:
+    def begin_step(
+        self, step: CompactionStep | None, gone: set[str]
+    ) -> list[FitReport | SliceReport]:
         """Before the forward pass: forget requests, switch sequences over, fit.
 
         Args:
@@ -276,8 +279,7 @@ class WorkerState:
         for fit in self.fits_on_policy:
             self._begin_on_policy(fit)
         fits = (fit for fit in step.fits if fit.on_policy is None)
-        reports = (self.fitting.run(fit, self._source_pages(fit)) for fit in fits)
-        return [report for report in reports if report is not None]
+        return [r for fit in fits for r in self.fitting.run(fit, self._source_pages(fit))]
 
     def _source_pages(self, fit: FitSlice) -> torch.Tensor:
         """int64 [heads, n] on the CPU: the pages a fit reads, -1 behind the end of a head's."""
