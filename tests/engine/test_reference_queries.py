@@ -179,7 +179,7 @@ def test_slices_of_one_fit_read_the_same_queries(tiny_model):
         "reference_queries": 512,
         "query_pool_share": 0,
     }
-    asks = [Ask(random_prompt(random.Random(i), 400), 24, arrives=2 * i) for i in range(4)]
+    asks = [Ask(random_prompt(random.Random(i), 400), 80, arrives=2 * i) for i in range(4)]
     with driver.start(tiny_model, options) as engine:
         fits = _watch_fits(engine)
         engine.run(asks)

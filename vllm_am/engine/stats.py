@@ -47,6 +47,10 @@ class CompactionStats:
     slots: int = 0
     blocks_freed: int = 0
     seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    """What fits have added to each engine step that had any."""
+    pressed_steps: int = 0
+    """Of these, steps that had more time for them because somebody waited for blocks."""
     output_errors: list[float] = field(default_factory=list)
     mass_errors: list[float] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
@@ -75,13 +79,23 @@ class CompactionStats:
         mass_error: float,
     ) -> CompactionStats:
         """The statistics of a single compaction."""
-        return cls(1, tokens, slots, blocks_freed, [seconds], [output_error], [mass_error])
+        return cls(
+            compactions=1,
+            tokens=tokens,
+            slots=slots,
+            blocks_freed=blocks_freed,
+            seconds=[seconds],
+            output_errors=[output_error],
+            mass_errors=[mass_error],
+        )
 
     def __bool__(self) -> bool:
         return bool(
             self.compactions
             or self.merges
             or self.failures
+            or self.step_seconds
+            or self.pressed_steps
             or self.reference_tokens
             or self.reference_shortfalls
             or self.media_requests
@@ -99,6 +113,8 @@ class CompactionStats:
         self.slots += other.slots
         self.blocks_freed += other.blocks_freed
         self.seconds += other.seconds
+        self.step_seconds += other.step_seconds
+        self.pressed_steps += other.pressed_steps
         self.output_errors += other.output_errors
         self.mass_errors += other.mass_errors
         self.reference_tokens += other.reference_tokens
@@ -114,7 +130,8 @@ class CompactionStats:
 
     def forget_old_observations(self, keep: int = 1000) -> None:
         """Bound the lists, where the statistics are kept for good."""
-        for observations in (self.seconds, self.output_errors, self.mass_errors):
+        lists = (self.seconds, self.step_seconds, self.output_errors, self.mass_errors)
+        for observations in lists:
             del observations[:-keep]
 
     def attach(self, stats: SchedulerStats) -> None:

@@ -23,6 +23,7 @@ from vllm_am.engine.rotation import queries_in_effect
 from vllm_am.engine.stats import CompactionStats, Holdings
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0)
 
 
@@ -46,6 +47,7 @@ _GAUGES = {
 
 #: By field of ``CompactionStats``: help of its counter.
 _COUNTERS = {
+    "pressed_steps": "Engine steps with more time for fits, as somebody waited for KV blocks.",
     "media_requests": "Requests left exact because they bring images, audio or video.",
     "cache_queries": "Requests that were looked up in the cache of compacted prefixes.",
     "cache_hits": "Of these, requests that began on a compacted prefix.",
@@ -101,6 +103,12 @@ class CompactionMetrics:
             labels,
             buckets=_SECONDS_BUCKETS,
         )
+        self._step_seconds = prometheus_client.Histogram(
+            "vllm:kv_compaction_step_seconds",
+            "Time that fits have added to one engine step (bounded by step_ms).",
+            labels,
+            buckets=_STEP_BUCKETS,
+        )
         self._output_error = prometheus_client.Histogram(
             "vllm:kv_compaction_output_error",
             "Mean relative error of the attention output on held-out queries.",
@@ -150,6 +158,7 @@ class CompactionMetrics:
             self._failures.labels(*labels, reason).inc(count)
         for histogram, values in (
             (self._seconds.labels(*labels), stats.seconds),
+            (self._step_seconds.labels(*labels), stats.step_seconds),
             (self._output_error.labels(*labels), stats.output_errors),
             (self._mass_error.labels(*labels), stats.mass_errors),
         ):

@@ -45,6 +45,7 @@ from vllm_am.engine.messages import (
     FitSlice,
     OnPolicy,
     Segment,
+    SliceReport,
 )
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.planner import SequenceView, Span
@@ -75,6 +76,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         self.compaction.pace.pressed = self._somebody_waits()
         self._start_jobs()
         step.fits.extend(self.compaction.jobs.slices())
+        if step.fits and self.compaction.pace.pressed:
+            self.compaction.journal.count(CompactionStats(pressed_steps=1))
         self._holds_preemption = bool(self.compaction.jobs.running)
         self._held_preemption = False
         try:
@@ -93,8 +96,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
+        reports = getattr(model_runner_output, REPORTS_ATTRIBUTE, ())
+        for report in reports:
             self.compaction.jobs.note(report)
+        self.compaction.journal.worked(r for r in reports if isinstance(r, SliceReport))
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _somebody_waits(self) -> bool:
