@@ -121,7 +121,7 @@ def worker_slice(case: Case, heads: int, ratio: float, uneven: bool = False) -> 
         method=config.method,
         heads=HeadRange(0, heads, heads),
     )
-    progress = FitProgress("", kv.block_pages(list(source)))
+    progress = FitProgress(kv.block_pages(list(source)))
     with counting(KERNEL_COSTS) as counts:
         fitting._run_slice(fit, progress)
     assert progress.heads == heads

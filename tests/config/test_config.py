@@ -312,6 +312,7 @@ def test_share_of_the_pool_holds_for_any_model():
         ({"another_plugin": 1}, RequestOverrides()),
         ({"kv_compaction": "on"}, RequestOverrides()),
         ({"kv_compaction": "off"}, RequestOverrides(enabled=False)),
+        ({"kv_compaction": "force"}, RequestOverrides(forced=True)),
         ({"kv_compaction_ratio": "4x"}, RequestOverrides(ratio=0.25)),
         ({"kv_compaction_ratio": 0.25}, RequestOverrides(ratio=0.25)),
         ({"kv_compaction_threshold": 512}, RequestOverrides(threshold_tokens=512)),

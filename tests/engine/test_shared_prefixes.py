@@ -269,6 +269,81 @@ def test_a_chat_stands_on_its_last_turn(tiny_model):
         assert chains[0] == chains[1] >= 2
 
 
+#: No time for fits: a head per step. Those of a request with a short answer outlast it.
+SLOWLY = {**ONE_SPAN, "step_ms": 0.001}
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_a_compaction_that_others_want_outlasts_its_request(tiny_model, force_async):
+    """Short answers to questions about one document: the second knows that there are others, and
+    leaves the third a compacted one. The engine goes on by itself in between."""
+    rng = random.Random(20)
+    document = random_prompt(rng, 640)
+    asks = [Ask((*document, *random_prompt(rng, 130 + 10 * i)), 3) for i in range(4)]
+    with driver.start(tiny_model, SLOWLY, force_async) as engine:
+        engine.run(asks[:1], names="first-")
+        assert engine.totals.compactions == 0, "nobody gains by it"
+        engine.run(asks[1:2], names="second-")
+        jobs = engine.scheduler.compaction.jobs
+        assert not jobs.running and len(jobs.detached) == 1
+        assert engine.scheduler.has_requests() and engine.used_blocks > 0
+        while engine.scheduler.has_requests():
+            engine.llm.llm_engine.step()
+            engine.scheduler.check_compaction()
+        assert engine.totals.compactions == 1 and engine.used_blocks == 0
+        engine.run(asks[2:], names="later-")
+        assert engine.totals.cache_hits == 2 and engine.totals.compactions == 1
+        assert not engine.worker._compaction.fitting.running
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, {**SLOWLY, "ratio": 1.0}) as engine:
+        for i, ask in enumerate(asks):
+            engine.run([ask], names=f"{i}-")
+            while engine.scheduler.has_requests():
+                engine.llm.llm_engine.step()
+        assert [engine.outputs[f"{i}-0"] for i in range(4)] == [stock[str(i)] for i in range(4)]
+        assert engine.totals.cache_hits == 2
+
+
+@pytest.mark.parametrize("end", ["reset", "failure", "others-wait"])
+def test_a_compaction_without_its_request_comes_to_an_end(tiny_model, monkeypatch, end):
+    """Whatever happens, all blocks come back, and the worker forgets it."""
+    from vllm_am.compaction import FitError
+    from vllm_am.engine.worker import fitting
+
+    rng = random.Random(21)
+    document = random_prompt(rng, 640)
+    asks = [Ask((*document, *random_prompt(rng, 130 + 10 * i)), 3) for i in range(3)]
+    small = {"num_gpu_blocks_override": 41} if end == "others-wait" else {}
+    with driver.start(tiny_model, SLOWLY, **small) as engine:
+        for i in range(2):
+            engine.run(asks[i : i + 1], names=f"{i}-")
+        jobs, state = engine.scheduler.compaction.jobs, engine.worker._compaction
+        assert len(jobs.detached) == 1
+        if end == "reset":
+            assert engine.scheduler.reset_prefix_cache()
+        elif end == "failure":
+
+            def fails(*args, **kwargs):
+                raise FitError("singular", heads=[0])
+
+            monkeypatch.setattr(fitting, "compact", fails)
+        else:  # a prompt that does not fit beside what is held
+            engine.run([Ask(random_prompt(rng, 1000), 2, OFF)], names="other-")
+            assert engine.totals.pressed_steps > 0
+        while engine.scheduler.has_requests():
+            engine.llm.llm_engine.step()
+            engine.scheduler.check_compaction()
+        assert engine.totals.failures == ({"singular": 1} if end == "failure" else {})
+        assert engine.totals.compactions == (end == "others-wait")
+        engine.run(asks[2:], names="last-")
+        assert not jobs.all or end != "others-wait"
+        while engine.scheduler.has_requests():
+            engine.llm.llm_engine.step()
+        assert engine.used_blocks == 0 and not state.fitting.running
+        engine.scheduler.compaction.query_pool.check()
+
+
 def test_a_reset_forgets_them(tiny_model):
     asks = questions(random.Random(8), 2)
     with driver.start(tiny_model, OPTIONS) as engine:

@@ -14,11 +14,17 @@ from vllm_am.config.ratio_threshold import parse_ratio, parse_threshold
 PREFIX_TOKENS_FIELD, PREFIX_FIELD = "kv_compaction_prefix_tokens", "kv_compaction_prefix"
 
 
+#: Fields with a few values.
+_SWITCHES = {"kv_compaction": ("on", "off", "force"), "kv_compaction_cache": ("on", "off")}
+
+
 @dataclass(frozen=True)
 class RequestOverrides:
     """What one request may change, through ``vllm_xargs`` / ``SamplingParams.extra_args``."""
 
     enabled: bool = True
+    forced: bool = False
+    """Compacted even if it ends too soon to gain by it."""
     ratio: float | None = None
     threshold_tokens: int | None = None
     cache: bool | None = None
@@ -50,10 +56,11 @@ class RequestOverrides:
                 raise CompactionConfigError(
                     f"{_plain(key)}: unknown field; the fields are {', '.join(cls.FIELDS)}"
                 )
-        for switch in ("kv_compaction", "kv_compaction_cache"):
+        for switch, modes in _SWITCHES.items():
             mode = extra_args.get(switch, "on")
-            if not isinstance(mode, str) or mode not in ("on", "off"):
-                raise CompactionConfigError(f"{switch}={shown(mode)}: expected 'on' or 'off'")
+            if not isinstance(mode, str) or mode not in modes:
+                expected = " or ".join(map(repr, modes))
+                raise CompactionConfigError(f"{switch}={shown(mode)}: expected {expected}")
         if PREFIX_FIELD in extra_args:
             raise CompactionConfigError(
                 f"{PREFIX_FIELD}={shown(extra_args[PREFIX_FIELD])}: expected in chat requests to "
@@ -64,7 +71,8 @@ class RequestOverrides:
         ratio = extra_args.get("kv_compaction_ratio")
         threshold = extra_args.get("kv_compaction_threshold")
         return cls(
-            enabled=extra_args.get("kv_compaction", "on") == "on",
+            enabled=extra_args.get("kv_compaction", "on") != "off",
+            forced=extra_args.get("kv_compaction", "on") == "force",
             ratio=None if ratio is None else parse_ratio(ratio, "kv_compaction_ratio"),
             threshold_tokens=None
             if threshold is None

@@ -173,6 +173,8 @@ class CompactionStep:
     published: list[Publication] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
     attached: list[Attachment] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    """Fits that nobody waits for any more, by job."""
     dropped: list[int] = field(default_factory=list)
     """Published segments that nobody can attach to any more."""
     shared: list[SharedPrefix] = field(default_factory=list)

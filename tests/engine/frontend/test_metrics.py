@@ -57,7 +57,7 @@ def one(metrics, tokens=1000, failures=None):
 
 
 COUNTERS = ["compactions", "merges", "tokens", "slots", "blocks_freed"]
-HISTOGRAMS = ["seconds", "output_error", "mass_error"]
+HISTOGRAMS = ["seconds", "step_seconds", "output_error", "mass_error"]
 
 
 def value(registry, name, engine=0, **labels):
@@ -111,6 +111,11 @@ def test_reports_are_counted_by_engine(metrics, registry):
     series.record(one(metrics, 1000, {"singular": 2}), engine=1)
     series.record(one(metrics, 500), engine=1)
     series.record(metrics.CompactionStats(merges=3), engine=1)
+    steps = metrics.CompactionStats(step_seconds=[0.04, 0.02], pressed_steps=1)
+    assert steps
+    series.record(steps, engine=1)
+    assert value(registry, "pressed_steps_total", 1) == 1
+    assert value(registry, "step_seconds_bucket", 1, le="0.03") == 1
     cache = {"cache_queries": 3, "cache_hits": 2, "cache_hit_tokens": 640}
     series.record(metrics.CompactionStats(**cache), engine=1)
     for name, count in cache.items():
@@ -124,7 +129,9 @@ def test_reports_are_counted_by_engine(metrics, registry):
         "blocks_freed": 112,
     }
     sums = {name: value(registry, f"{name}_sum", 1) for name in HISTOGRAMS}
-    assert sums == pytest.approx({"seconds": 0.6, "output_error": 0.08, "mass_error": 0.04})
+    assert sums == pytest.approx(
+        {"seconds": 0.6, "step_seconds": 0.06, "output_error": 0.08, "mass_error": 0.04}
+    )
     assert value(registry, "seconds_bucket", 1, le="0.25") == 0
     assert value(registry, "seconds_bucket", 1, le="0.5") == 2
     assert value(registry, "failures_total", 1, reason="singular") == 2

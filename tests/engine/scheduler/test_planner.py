@@ -68,17 +68,44 @@ def test_museum_9_trigger(case):
     assert [(span.start, span.end) for span in got] == ([expected] if expected else [])
 
 
-@pytest.mark.parametrize(
-    ("left", "steps", "compacts"),
-    [(None, 9, True), (0, 1, False), (1, 1, False), (2, 1, True), (5, 5, False), (6, 5, True)],
-)
-def test_no_compaction_for_a_sequence_that_ends_before_it(left, steps, compacts):
+#: Steps left, steps that a fit takes, what else is known; whether anybody gains.
+PAYS = {
+    "nobody knows when it ends": (None, 9, {}, True),
+    "ends before": (1, 1, {}, False),
+    "ends soon behind": (9, 5, {}, False),
+    "lives on as long again": (10, 5, {}, True),
+    "one step each": (2, 1, {}, True),
+    "it insists": (0, 9, {"forced": True}, True),
+    "others have marked it": (0, 9, {"marked_end": 800}, True),
+    "others begin with it": (0, 9, {"common_end": lambda: 1_600}, True),
+    "others begin with too little of it": (0, 9, {"common_end": lambda: 160}, False),
+}
+
+
+@pytest.mark.parametrize("case", PAYS.values(), ids=PAYS.keys())
+def test_compactions_that_pay(case):
+    left, steps, more, expected = case
     planner = make_planner(fit_steps=lambda tokens, slots: steps)
-    sequence = dataclasses.replace(view(2_000), steps_left=left)
-    assert bool(list(planner.spans([sequence], 500))) == compacts
+    sequence = dataclasses.replace(view(2_000), steps_left=left, **more)
+    assert bool(list(planner.spans([sequence], 500))) == expected
     pressed = make_planner(0.5, fit_steps=lambda tokens, slots: steps)
     sequence = dataclasses.replace(sequence, threshold_tokens=None)
-    assert bool(list(pressed.spans([sequence], 100))) == compacts
+    assert bool(list(pressed.spans([sequence], 100))) == expected
+
+
+def test_a_span_that_ends_where_others_go_on_is_wanted():
+    planner = make_planner()
+    wanted = {}
+    for name, sequence in {
+        "own": view(2_000),
+        "common": ends(2_000, common=1_600),
+        "marked": ends(2_000, marked=800),
+        "first-of-several": ends(8_000, common=6_000),
+    }.items():
+        span = planner.next_span(sequence, 500)
+        assert span is not None
+        wanted[name] = span.wanted
+    assert wanted == {"own": False, "common": True, "marked": True, "first-of-several": True}
 
 
 def ends(computed, marked=0, common=0, end=SIZE, **kwargs):
@@ -114,7 +141,9 @@ def test_a_span_ends_with_what_others_have(sequence, expected):
 
 def test_a_common_prefix_is_cut_as_any_other_span():
     planner = make_planner(max_span_tokens=1000)
-    assert planner.next_span(ends(8_000, common=6_000), 500) == Span("a", 16, 16 + 992, 7 * SIZE)
+    assert planner.next_span(ends(8_000, common=6_000), 500) == Span(
+        "a", 16, 16 + 992, 7 * SIZE, wanted=True
+    )
     assert planner.next_span(ends(8_000, marked=1_600, end=1_008), 500).end == 1_600
 
 

@@ -72,7 +72,7 @@ def test_the_formula_holds(layers, kv_heads, group, tokens, ratio, parts):
     config = CompactionConfig(ratio=ratio)
     fitting = Fitting(config, kv, pools, size**-0.5, None, [rotary] * layers, DEFAULT_CHUNK_BYTES)
     source, into = tuple(range(1, 1 + blocks)), tuple(range(1 + blocks, 1 + blocks + target))
-    progress = FitProgress("", kv.block_pages(source))
+    progress = FitProgress(kv.block_pages(source))
     with torch.inference_mode(), Held() as counted:
         for part in range(2 * parts):
             turn, number = divmod(part, parts)

@@ -57,6 +57,24 @@ class CompactedBlocks:
         self.entries.append(entry)
 
 
+@dataclass(frozen=True)
+class Detached:
+    """What a compaction goes on with whose sequence is gone."""
+
+    source: tuple[KVCacheBlock, ...]
+    """The exact blocks of its tokens."""
+    below: tuple[KVCacheBlock, ...]
+    """What its segment is going to stand on: the exact blocks in front, other entries'."""
+    before: tuple[KVCacheBlock, ...]
+    """Of these, the exact ones in front of the first segment of a text."""
+    parent: Entry | None
+
+    @property
+    def blocks(self) -> tuple[KVCacheBlock, ...]:
+        """All that are held until it is over."""
+        return (*self.below, *self.source)
+
+
 class CompactingManager(FullAttentionManager):
     """Full-attention block manager that can swap a span of blocks for a compacted segment."""
 
@@ -66,6 +84,8 @@ class CompactingManager(FullAttentionManager):
         self.max_admission_blocks_per_request = cdiv(kv_cache_spec.peak_tokens, self.block_size)
         self.compacted: dict[str, CompactedBlocks] = {}
         self.targets: dict[int, list[KVCacheBlock]] = {}
+        self.detached: dict[int, Detached] = {}
+        """By the compaction, whose sequences have ended."""
         self.cache = CompactCache(self.block_pool, self.kv_cache_group_id, self.block_size)
         self.windows: Sequence[SlidingWindowManager] = ()
         """Of the layers that are not compacted."""
@@ -158,6 +178,42 @@ class CompactingManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(exact))
         if published:
             self.cache.hand_out_first([block for block in exact if block.ref_cnt == 0])
+
+    def detach(self, job_id: int, request_id: str, segment: Segment) -> None:
+        """The sequence is about to end, its compaction goes on for others."""
+        state = self.compacted.get(request_id)
+        first, last = segment.start // self.block_size, segment.end // self.block_size
+        text = self.req_to_blocks[request_id][:last]
+        exact = tuple(block for block in text[:first] if not block.is_null)
+        detached = Detached(
+            source=tuple(text[first:]),
+            below=(*exact, *(state.blocks if state else ())),
+            before=() if state else exact,
+            parent=state.tip if state else None,
+        )
+        self.block_pool.touch(detached.blocks)
+        self.detached[job_id] = detached
+
+    def commit_detached(self, job_id: int, segment: Segment, hashes: Sequence[BlockHash]) -> bool:
+        """The segment is there for sequences to come, and free until one comes.
+
+        Returns:
+            whether it was published: there may be such a segment by now.
+        """
+        target, detached = self.targets.pop(job_id), self.detached.pop(job_id)
+        entry = self.cache.publish(
+            detached.parent, hashes, segment, job_id, target, detached.before
+        )
+        # From the last one on: see ``pop_blocks_for_free``.
+        self.block_pool.free_blocks(reversed([*detached.below, *target, *detached.source]))
+        if entry is not None:
+            self.cache.hand_out_first([b for b in detached.source if b.ref_cnt == 0])
+        return entry is not None
+
+    def release_detached(self, job_id: int) -> None:
+        """It was given up: all that it has held goes back."""
+        self.release_target(job_id)
+        self.block_pool.free_blocks(reversed(self.detached.pop(job_id).blocks))
 
     def adopt(self, request_id: str, entry: Entry) -> None:
         """A running sequence takes a published segment in place of its own tokens' blocks."""
@@ -323,7 +379,9 @@ class CompactingManager(FullAttentionManager):
             for blocks in manager.req_to_blocks.values():
                 owners.update(b.block_id for b in blocks if not b.is_null)
         targets = list(self.targets.values())
-        for blocks in [*(s.blocks for s in self.compacted.values()), *targets, *other_owners]:
+        held = [each.blocks for each in self.detached.values()]
+        segments = [s.blocks for s in self.compacted.values()]
+        for blocks in [*segments, *targets, *held, *other_owners]:
             owners.update(b.block_id for b in blocks)
         pool = self.block_pool
         wrong = [

@@ -21,6 +21,9 @@ class Commits:
 
     def commit(self, job: Job, report: FitReport, step: CompactionStep) -> None:
         """The freed blocks are back in the pool in time for this step's allocations."""
+        if job.job_id in self._blocks.detached:
+            self._publish(job, report, step)
+            return
         if job.merges:
             self._merge(job, report)
         elif self._compact(job, report):
@@ -30,6 +33,17 @@ class Commits:
         step.activations.append(
             Activation(job.request.request_id, job.job_id, job.segment, replaces=job.merges)
         )
+
+    def _publish(self, job: Job, report: FitReport, step: CompactionStep) -> None:
+        """Its sequence has ended: the segment is for others."""
+        pool = self._blocks.block_pool
+        free, source = pool.get_num_free_blocks(), len(job.source_block_ids)
+        if self._blocks.commit_detached(job.job_id, job.segment, job.request.block_hashes):
+            step.published.append(Publication(job.job_id, job.segment))
+        else:
+            step.cancelled.append(job.job_id)
+        freed = source - len(job.segment.block_ids)
+        self._journal.compacted(job, report, freed, pool.get_num_free_blocks() - free)
 
     def _compact(self, job: Job, report: FitReport) -> bool:
         """Whether the segment was published."""

@@ -36,6 +36,10 @@ class Failures:
     def give_up(self, job: Job, report: FitReport) -> None:
         """The target goes back; the fit is tried again once the sequence has grown."""
         assert report.failure is not None
+        if job.job_id in self._blocks.detached:  # nobody is left to try again
+            self._blocks.release_detached(job.job_id)
+            self._journal.failed(job, report.failure)
+            return
         self._blocks.release_target(job.job_id)
         options = self._sequences.options(job.request)
         if job.merges:

@@ -38,6 +38,8 @@ class Job:
     """The source is all segments of the sequence, not tokens."""
     key: BlockHash | None = None
     """What the segment is to be published under, for other sequences; None: it is not."""
+    wanted: bool = False
+    """See ``Span``."""
     issued: int = 0
     """Heads that were sent: of all rounds, one behind the other."""
     report: FitReport | None = None
@@ -66,12 +68,20 @@ class Jobs:
         self._blocks = blocks
         self._pool = pool
         self._next_id = 0
+        self._cancelled: list[int] = []
         self.running: dict[str, Job] = {}
+        self.detached: dict[int, Job] = {}
+        """By number: those whose requests have ended."""
+
+    @property
+    def all(self) -> list[Job]:
+        """Of requests that run, and of those that have ended."""
+        return [*self.running.values(), *self.detached.values()]
 
     @property
     def outstanding_seconds(self) -> float:
         """What is not yet sent of all of them is going to take."""
-        return sum(self._seconds_left(job) for job in self.running.values())
+        return sum(self._seconds_left(job) for job in self.all)
 
     def _seconds_left(self, job: Job) -> float:
         """What is not yet sent of one of them is going to take."""
@@ -86,7 +96,7 @@ class Jobs:
     @property
     def coming_blocks(self) -> int:
         """Blocks that compactions under way will give back."""
-        return sum(len(job.source_block_ids) for job in self.running.values())
+        return sum(len(job.source_block_ids) for job in self.all)
 
     def start(
         self,
@@ -116,6 +126,7 @@ class Jobs:
         tokens = len(source) * self._limits.block_size
         work = self._pace.work(queries.positions, tokens, span.slots)
         job = Job(self._next_id, request, segment, source, queries, work, merges, key)
+        job.wanted = span.wanted and key is not None
         self._pool.hold(queries.slots_read)
         self._next_id += 1
         self.running[span.request_id] = job
@@ -127,7 +138,7 @@ class Jobs:
         First of the compaction that gives back most blocks for the time that it still takes.
         """
         left, sent = self._pace.step_seconds, False
-        for job in sorted(self.running.values(), key=self._seconds_per_block):
+        for job in sorted(self.all, key=self._seconds_per_block):
             while job.to_send and (left > 0 or not sent):
                 fit, seconds = self._next_slice(job, left, at_least_one=not sent)
                 if fit is None:
@@ -181,7 +192,7 @@ class Jobs:
 
     def note(self, report: FitReport | SliceReport) -> None:
         """What the workers say of a job; one that was cancelled meanwhile is nobody's."""
-        job = next((j for j in self.running.values() if j.job_id == report.job_id), None)
+        job = next((j for j in self.all if j.job_id == report.job_id), None)
         if isinstance(report, FitReport):
             if job is not None:
                 job.report = report
@@ -194,15 +205,46 @@ class Jobs:
 
     def take_reported(self) -> Iterator[tuple[Job, FitReport]]:
         """The jobs that are over; their targets are still reserved."""
-        for request_id, job in list(self.running.items()):
+        for job in self.all:
             if job.report is not None:
-                del self.running[request_id]
+                if self.is_detached(job):
+                    del self.detached[job.job_id]
+                else:
+                    del self.running[job.request.request_id]
                 self._pool.release(job.queries.slots_read)
                 yield job, job.report
 
-    def cancel(self, request_id: str) -> None:
-        """The request goes: what was reserved for its compaction goes back."""
-        job = self.running.pop(request_id, None)
-        if job is not None:
-            self._pool.release(job.queries.slots_read)
-            self._blocks.release_target(job.job_id)
+    def is_detached(self, job: Job) -> bool:
+        """Whether its request has ended."""
+        return job.job_id in self._blocks.detached
+
+    def request_goes(self, request: Request) -> None:
+        """Its compaction goes on where others want it; else what was reserved goes back.
+
+        Not that of a preempted one: the pool is full, and the sequence comes back.
+        """
+        job = self.running.pop(request.request_id, None)
+        if job is None:
+            return
+        if job.wanted and request.is_finished():
+            self._blocks.detach(job.job_id, request.request_id, job.segment)
+            self.detached[job.job_id] = job
+            return
+        self._blocks.release_target(job.job_id)
+        self._forget(job)
+
+    def cancel_detached(self) -> None:
+        """All of them: what they hold is needed now."""
+        for job_id, job in list(self.detached.items()):
+            del self.detached[job_id]
+            self._blocks.release_detached(job_id)
+            self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self._pool.release(job.queries.slots_read)
+        self._cancelled.append(job.job_id)
+
+    def take_cancelled(self) -> list[int]:
+        """What the workers have to be told of since the last time."""
+        cancelled, self._cancelled = self._cancelled, []
+        return cancelled

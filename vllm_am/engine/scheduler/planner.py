@@ -42,6 +42,8 @@ class SequenceView:
     when a span is due."""
     steps_left: int | None = None
     """Steps in which it can still be told of a fit that begins now; None: nobody knows."""
+    forced: bool = False
+    """It is compacted even if it ends too soon to gain by it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Span:
     start: int
     end: int
     slots: int
+    wanted: bool = False
+    """Others have, or will have, the same text up to there: its segment is worth having for them,
+    even if the sequence ends before it is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +205,8 @@ class Planner(Footprint):
         """The span after the last segment, as long as allowed and as the free blocks can hold."""
         size = self.block_size
         start = sequence.compacted_end
-        end = min(self._end(sequence), start + self.longest_span)
+        end, wanted = self._end(sequence)
+        end = min(end, start + self.longest_span)
         if sequence.ratio < 1 and end > start:
             # In a full pool a shorter span still makes progress: one free block takes
             # block_size / ratio tokens, and gives back 1 / ratio blocks.
@@ -211,13 +217,24 @@ class Planner(Footprint):
         if blocks > free_blocks or (sequence.ratio < 1 and blocks >= (end - start) // size):
             return None
         slots = self.span_slots(end - start, sequence.ratio)
-        left = sequence.steps_left
-        if left is not None and left <= self.fit_steps(end - start, slots):
-            return None  # it ends before its compaction could
-        return Span(sequence.request_id, start, end, slots)
+        span = Span(sequence.request_id, start, end, slots, wanted)
+        return span if self.pays(sequence, span) else None
 
-    def _end(self, sequence: SequenceView) -> int:
-        """Where the next span should end: with the text that others have, so that they share it.
+    def pays(self, sequence: SequenceView, span: Span) -> bool:
+        """Whether anybody gains by a compaction that begins now: the sequence, or those to come.
+
+        A sequence gains if it lives on, with less memory, for at least as long as its compaction
+        takes; how long that is, is known (pace.py), and shorter while somebody waits for blocks.
+        One whose end is not known is taken to live. For those to come it is made where they are
+        known to begin with the same text. And a request can insist (``"force"``).
+        """
+        if sequence.forced or span.wanted or sequence.steps_left is None:
+            return True
+        return sequence.steps_left >= 2 * self.fit_steps(span.end - span.start, span.slots)
+
+    def _end(self, sequence: SequenceView) -> tuple[int, bool]:
+        """Where the next span should end: with the text that others have, so that they share it;
+        and whether it does.
 
         Where the request has marked it, there exactly. Otherwise the most recent tokens stay exact,
         and what follows on a common prefix waits for a span of its own, if it is the lesser part.
@@ -230,7 +247,8 @@ class Planner(Footprint):
         else:
             shared = sequence.common_end() if end >= least else 0
             there = max(least, (start + end) // 2) <= shared < end
-        return shared if there and self._may_end(sequence, shared) else end
+        there = there and self._may_end(sequence, shared)
+        return (shared if there else end), there
 
     def _may_end(self, sequence: SequenceView, end: int) -> bool:
         """Whether a span that ends there leaves the sequence within what it is counted with."""

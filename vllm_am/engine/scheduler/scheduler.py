@@ -4,7 +4,8 @@ vLLM symbols touched (subclassed, selected through ``scheduler_config.scheduler_
 ``v1.core.sched.scheduler.Scheduler`` and ``v1.core.sched.async_scheduler.AsyncScheduler``, their
 ``add_request``, ``schedule``, ``update_from_output``, ``make_stats``,
 ``_get_local_prefix_cache_hit``, ``_preempt_request``, ``_free_request_blocks``,
-``_request_blocks_can_be_freed``; and ``grammar_compile_error_reqs``, to which requests are added.
+``_request_blocks_can_be_freed``, ``has_requests``, ``reset_prefix_cache``; ``waiting``, whose first
+request is looked at, and ``grammar_compile_error_reqs``, to which requests are added.
 
 A compaction takes three steps of the engine, in which the sequence goes on as before (with a query
 source that needs reference passes, those come first: reference_pass.py):
@@ -78,7 +79,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         step.fits.extend(self.compaction.jobs.slices())
         if step.fits and self.compaction.pace.pressed:
             self.compaction.journal.count(CompactionStats(pressed_steps=1))
-        self._holds_preemption = bool(self.compaction.jobs.running)
+        self._holds_preemption = bool(self.compaction.jobs.all)
         self._held_preemption = False
         try:
             output = super().schedule(*args, **kwargs)
@@ -116,7 +117,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _settle_reported(self, step: CompactionStep) -> None:
         """Commit what succeeded, give up what failed."""
         for job, report in self.compaction.jobs.take_reported():
-            self.end_study(job.request.request_id)
+            if not self.compaction.jobs.is_detached(job):
+                self.end_study(job.request.request_id)
             if report.failure is None:
                 self.compaction.commits.commit(job, report, step)
             else:
@@ -147,7 +149,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         if sharing.adopt(request, computed):
             return True
         coming: list[tuple[BlockHash | None, Span | Segment]] = [
-            (job.key, job.segment) for job in self.compaction.jobs.running.values()
+            (job.key, job.segment) for job in self.compaction.jobs.all
         ]
         for study in self.studies.values():
             if not study.cut_short:
@@ -166,9 +168,11 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     def _drop_preempted(self, step: CompactionStep) -> None:
         """A request preempted in this very step lost its compacted state and its jobs again."""
-        compacted, running = self.compaction.blocks.compacted, self.compaction.jobs.running
+        compacted, jobs = self.compaction.blocks.compacted, self.compaction.jobs
         step.activations = [a for a in step.activations if a.request_id in compacted]
-        step.fits = [f for f in step.fits if f.request_id in running]
+        under_way = {job.job_id for job in jobs.all}
+        step.fits = [f for f in step.fits if f.job_id in under_way]
+        step.cancelled += jobs.take_cancelled()
 
     def _sample_queries(self, output: SchedulerOutput) -> dict[str, Any]:
         """Choose which queries of this step are kept, after blocks that changed hands forgot."""
@@ -341,8 +345,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_request_blocks(self, request: Request) -> None:
-        """Finish, abort and preemption: a compaction under way ends, its blocks go back."""
-        self.compaction.jobs.cancel(request.request_id)
+        """Finish, abort and preemption: a compaction under way ends, or goes on for others."""
+        self.compaction.jobs.request_goes(request)
         self.compaction.sequences.forget(request)
         self.compaction.queries.forget(request.request_id)
         holding, self._holds_preemption = self._holds_preemption, False
@@ -358,6 +362,15 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             return False
         can_be_freed: bool = super()._request_blocks_can_be_freed(request)
         return can_be_freed
+
+    def has_requests(self) -> bool:
+        """The engine goes on stepping for compactions whose requests have ended."""
+        return bool(self.compaction.jobs.detached) or bool(super().has_requests())
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM wants all blocks free for it."""
+        self.compaction.jobs.cancel_detached()
+        return bool(super().reset_prefix_cache(*args, **kwargs))
 
     # -- metrics and checks ---------------------------------------------------------------------
 
@@ -385,7 +398,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         self.check_passes()
         if set(jobs) - {r.request_id for r in self.running}:
             raise AssertionError("a compaction runs for a request that does not")
-        if len(self.compaction.blocks.targets) != len(jobs):
+        if len(self.compaction.blocks.targets) != len(self.compaction.jobs.all):
             raise AssertionError("targets and jobs differ")
 
 

@@ -23,6 +23,8 @@ class SequenceOptions:
     """What is kept per request while it is known to the scheduler."""
 
     enabled: bool
+    forced: bool
+    """See ``SequenceView``."""
     ratio: float
     threshold_tokens: int | None
     sample_rate: float
@@ -92,6 +94,7 @@ class Sequences:
         size = self._limits.block_size
         return SequenceOptions(
             enabled=enabled,
+            forced=overrides.forced,
             ratio=ratio,
             threshold_tokens=threshold,
             sample_rate=self._limits.sample_rate(max(request.num_prompt_tokens, threshold or 0)),
@@ -137,6 +140,7 @@ class Sequences:
             marked_end=options.marked_end,
             common_end=partial(self._common_end, request) if options.cache else int,
             steps_left=self._steps_left(request),
+            forced=options.forced,
         )
 
     def _steps_left(self, request: Request) -> int | None:

@@ -94,7 +94,7 @@ class CompactionState:
         ours = [block.ref_cnt > 0 for entry in cached for block in entry.blocks]
         return Holdings(
             sequences=len(held),
-            fits=len(self.jobs.running),
+            fits=len(self.jobs.all),
             slots=sum(segments.values()),
             blocks=len(blocks) + targets,
             query_pool_share=round(self.query_pool.used / self.query_pool.capacity, 4),

@@ -49,9 +49,8 @@ WARM_UP_POSITIONS = 64
 
 @dataclass
 class FitProgress:
-    """One fit on this rank: whose it is, which pages its heads have, its outcome so far."""
+    """One fit on this rank: which pages its heads have, its outcome so far."""
 
-    request_id: str
     source: torch.Tensor
     """int64 [heads, n] on the CPU: pages of what is compacted, see :meth:`Fitting.run`."""
     lists: tuple[torch.Tensor, ...] = ()
@@ -137,11 +136,11 @@ class Fitting:
             method=self.config.method,
             heads=HeadRange(0, self.heads, self.heads),
         )
-        progress = FitProgress("", self.kv.block_pages(source))
+        progress = FitProgress(self.kv.block_pages(source))
         self._warm_up(fit, progress)
         if self.config.merge_slots is not None and progress.failure is None:
             lists = pad_sequence(list(progress.lists), batch_first=True, padding_value=-1)
-            progress = FitProgress("", lists)
+            progress = FitProgress(lists)
             segment = replace(fit.segment, block_ids=(merged,))
             self._warm_up(replace(fit, segment=segment, merges=True), progress)
         self.kv.pages[pages] = 0
@@ -155,10 +154,9 @@ class Fitting:
             each = replace(fit, measures=measures)
             self._guarded(progress, partial(self._run_slice, each, progress))
 
-    def forget(self, request_ids: set[str]) -> None:
-        """These requests are gone, and with them their fits and the target pages."""
-        for job_id in [j for j, p in self.running.items() if p.request_id in request_ids]:
-            del self.running[job_id]
+    def forget(self, job_id: int) -> None:
+        """A fit that was cancelled, and with it the target pages."""
+        self.running.pop(job_id, None)
 
     def take(self, job_id: int) -> tuple[torch.Tensor, ...]:
         """The page lists of a fit that was committed."""
@@ -172,7 +170,7 @@ class Fitting:
                 end of a shorter head's pages.
         """
         if fit.heads.begin == 0 and fit.measures == self.config.measures_scores:
-            self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
+            self.running[fit.job_id] = FitProgress(source_pages)
         progress = self.running[fit.job_id]
         divided, started = bool(progress.lists), self.stopwatch.start()
         self._guarded(progress, lambda: self._run_slice(fit, progress))
@@ -203,7 +201,7 @@ class Fitting:
             query_slots=fit.on_policy.measured_slots,
             query_shifts=fit.on_policy.measured_shifts,
         )
-        progress = self.running[fit.job_id] = FitProgress(fit.request_id, source_pages)
+        progress = self.running[fit.job_id] = FitProgress(source_pages)
 
         def divide() -> None:
             if self.config.measures_scores:

@@ -267,7 +267,8 @@ class WorkerState:
             self.published[new.segment_id] = new.segment, self.fitting.take(new.segment_id)
         for request_id in gone:
             self.sequences.pop(request_id, None)
-        self.fitting.forget(gone)
+        for job_id in step.cancelled:
+            self.fitting.forget(job_id)
         for activation in step.activations:
             self._activate(activation)
         for attachment in step.attached:
