@@ -138,17 +138,19 @@ def start(
     kv_compaction: dict[str, Any] | None = None,
     force_async: bool = False,
     at_ratio_one: bool = True,
+    pauses: bool = False,
     **options: Any,
 ) -> Iterator[Engine]:
     """Start an engine on the CPU; ``kv_compaction=None`` is stock vLLM.
 
     Args:
         force_async: run the async scheduler, which vLLM switches off on CPUs.
+        pauses: put fits aside in the middle of a head when their time is up, by the clock.
         at_ratio_one: compact also where every key is kept, as nobody does that serves; what comes
             out must then be what comes out without compaction.
     """
     from vllm_am import LLM
-    from vllm_am.engine import capabilities
+    from vllm_am.engine import capabilities, limits
     from vllm_am.engine.scheduler import sequences
 
     settings: dict[str, Any] = {
@@ -162,7 +164,9 @@ def start(
     if kv_compaction is not None:
         # A whole fit per step: by the clock, no two runs need do the same.
         kv_compaction = {"step_ms": 1e6, **kv_compaction}
-    original = capabilities.check
+    original, pausing = capabilities.check, limits.PAUSING_DEVICES
+    if not pauses:
+        limits.PAUSING_DEVICES = ()
     if force_async:
 
         def check(vllm_config: Any) -> None:
@@ -173,7 +177,7 @@ def start(
     try:
         llm = LLM(str(model), kv_compaction=kv_compaction, **{**settings, **options})
     finally:
-        capabilities.check = original
+        capabilities.check, limits.PAUSING_DEVICES = original, pausing
     pointless = sequences.POINTLESS_RATIO
     if at_ratio_one:
         sequences.POINTLESS_RATIO = math.inf

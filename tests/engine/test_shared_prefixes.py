@@ -314,7 +314,7 @@ def test_a_compaction_without_its_request_comes_to_an_end(tiny_model, monkeypatc
     rng = random.Random(21)
     document = random_prompt(rng, 640)
     asks = [Ask((*document, *random_prompt(rng, 130 + 10 * i)), 3) for i in range(3)]
-    small = {"num_gpu_blocks_override": 41} if end == "others-wait" else {}
+    small = {"num_gpu_blocks_override": 41, "max_model_len": 1200} if end == "others-wait" else {}
     with driver.start(tiny_model, SLOWLY, **small) as engine:
         for i in range(2):
             engine.run(asks[i : i + 1], names=f"{i}-")

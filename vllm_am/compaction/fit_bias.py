@@ -26,6 +26,7 @@ from vllm_am.compaction.streaming import (
     accumulation_dtype,
     gram_blocks,
     head_blocks,
+    pause_point,
     row_blocks,
 )
 
@@ -148,6 +149,7 @@ def solve_box(
         held = ((at <= low) & (g > 0)) | ((at >= high) & (g < 0)) | ~use
         for _ in range(_RELEASES):
             step, damping[rows] = _solve_free(G, g, held, damping[rows])
+            pause_point()
             # A variable that its gradient releases may be pushed back out by the others; clipping
             # it would spoil the step, so hold it after all and solve again.
             outward = ((at <= low) & (step > 0)) | ((at >= high) & (step < 0))

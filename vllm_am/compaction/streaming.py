@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,25 @@ _MIN_ROWS = 256
 _GRAM_BYTES = {"cpu": 64 << 20}
 #: On a GPU a batch is one launch of the box solver, in which each head has a multiprocessor.
 _GRAM_BYTES_ELSEWHERE = 256 << 20
+
+
+_between_blocks: ContextVar[Callable[[], None] | None] = ContextVar("between_blocks", default=None)
+
+
+def pause_point() -> None:
+    """Between two blocks of a long computation: who has asked for it may do something else here."""
+    if (pause := _between_blocks.get()) is not None:
+        pause()
+
+
+@contextmanager
+def pausing(pause: Callable[[], None]) -> Iterator[None]:
+    """Call ``pause`` at every :func:`pause_point` of this context."""
+    token = _between_blocks.set(pause)
+    try:
+        yield
+    finally:
+        _between_blocks.reset(token)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -38,6 +59,7 @@ def head_blocks(heads: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]
     step = max(1, chunk_bytes // max(1, _MIN_ROWS * row_bytes))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))
+        pause_point()
 
 
 def row_blocks(rows: int, heads: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
@@ -45,6 +67,7 @@ def row_blocks(rows: int, heads: int, row_bytes: int, chunk_bytes: int) -> Itera
     step = max(1, chunk_bytes // max(1, heads * row_bytes))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+        pause_point()
 
 
 def gram_blocks(heads: int, size: int, chunk_bytes: int, device: torch.device) -> Iterator[slice]:
@@ -53,3 +76,4 @@ def gram_blocks(heads: int, size: int, chunk_bytes: int, device: torch.device) -
     step = max(1, room // max(1, size * size * 8))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))
+        pause_point()

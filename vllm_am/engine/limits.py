@@ -33,6 +33,9 @@ SLICE_TOKENS = 65536
 #: computed twice.
 KEPT_STATISTICS_BYTES = 256 << 20
 
+#: Where a worker may put a fit aside in the middle of a head.
+PAUSING_DEVICES: tuple[str, ...] = ("cpu",)
+
 #: Share of the KV pool's positions that the queries of a second sequence are worth.
 SMALL_POOL_SHARE = 1 / 8
 
@@ -56,6 +59,8 @@ class EngineLimits:
     prefix_caching: bool = False
     """Whether vLLM caches exact prefixes."""
     device_type: str = "cuda"
+    ranks: int = 1
+    """Workers of one engine."""
     window_layers: bool = False
     """Whether there are layers beside them that hold a window of the text, in blocks of their own.
     """
@@ -83,6 +88,7 @@ class EngineLimits:
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+            ranks=parallel.world_size,
             device_type=vllm_config.device_config.device_type,
             window_layers=has_window_layers(model.hf_text_config),
         )
@@ -254,6 +260,15 @@ class EngineLimits:
     def protected_tokens(self) -> int:
         """The protected prefix, in whole blocks."""
         return ceil_div(self.config.protected_tokens, self.block_size) * self.block_size
+
+    @property
+    def pauses_fits(self) -> bool:
+        """Whether a worker puts a fit aside when its time in a step is up.
+
+        Else the scheduler's slices are what a step does: on a GPU, where a head takes milliseconds;
+        and where several ranks have to say in the same step that a fit is done.
+        """
+        return self.device_type in PAUSING_DEVICES and self.ranks == 1
 
     @property
     def heads(self) -> int:

@@ -179,6 +179,9 @@ class CompactionStep:
     """Published segments that nobody can attach to any more."""
     shared: list[SharedPrefix] = field(default_factory=list)
     fits: list[FitSlice] = field(default_factory=list)
+    fit_seconds: float = 0.0
+    """Time that this step has for fits, of this step and of earlier ones, where a worker can put
+    one aside (``EngineLimits.pauses_fits``); 0 where none is under way."""
     samples: dict[str, QuerySample] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -191,6 +194,7 @@ class SliceReport:
 
     job_id: int
     measures: bool
+    heads: HeadRange
     work: float
     """What had been expected of it."""
     seconds: float

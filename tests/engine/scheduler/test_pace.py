@@ -29,7 +29,7 @@ def make(plugin):
     from vllm_am.engine.scheduler.reference_queries import JobQueries
 
     class Engine:
-        def __init__(self, **options):
+        def __init__(self, pauses=False, **options):
             limits = EngineLimits(
                 config=CompactionConfig.from_dict(options),
                 threshold=Threshold(tokens=512),
@@ -41,6 +41,7 @@ def make(plugin):
                 head_size=64,
                 in_flight_tokens=2048,
                 device_type="cpu",
+                ranks=1 if pauses else 2,
             )
             blocks = SimpleNamespace(reserve_target=self.reserve, detached={})
             pool = SimpleNamespace(
@@ -57,7 +58,7 @@ def make(plugin):
 
         def start(self, name="a", tokens=SPAN, slots=SLOTS):
             found = np.arange(POSITIONS)
-            queries = JobQueries(found, found, found, None)
+            queries = JobQueries(found, found, None)
             request = SimpleNamespace(request_id=name)
             return self.jobs.start(
                 request, Span(name, 32, 32 + tokens, slots), queries, False, None
@@ -70,7 +71,7 @@ def make(plugin):
             found = list(self.jobs.slices())
             for fit in found if seconds_per_work else ():
                 report = SliceReport(
-                    fit.job_id, fit.measures, fit.work, fit.work * seconds_per_work
+                    fit.job_id, fit.measures, fit.heads, fit.work, fit.work * seconds_per_work
                 )
                 self.jobs.note(report)
             return [(f.request_id, f.measures, f.heads.begin, f.heads.end) for f in found]
@@ -141,12 +142,12 @@ def test_that_comes_first_which_gives_back_most(make):
 
 
 def test_heads_of_known_sizes_are_weighed_by_them(make):
-    from vllm_am.engine.messages import SliceReport
+    from vllm_am.engine.messages import HeadRange, SliceReport
 
     engine = make(step_ms=1e6)
     job = engine.start()
     slots = (32, 32, 32, 32, 32, 32, 32, 544)
-    engine.jobs.note(SliceReport(job.job_id, True, 1.0, 1.0, slots))
+    engine.jobs.note(SliceReport(job.job_id, True, HeadRange(0, 8, 8), 1.0, 1.0, slots))
     works = [job.work.of(False, head) for head in range(HEADS)]
     assert works == [fit_work(4 * POSITIONS, SPAN, each, 64) for each in slots]
     assert works[-1] > 20 * works[0]
@@ -163,6 +164,22 @@ def test_steps_of_a_fit(make):
     engine.pace.pressed = True
     assert engine.pace.steps(SPAN, SLOTS) == -(-whole // 0.35)
     assert make(step_ms=1e-9).pace.steps(SPAN, SLOTS) == 2 * HEADS, "a head in each, at least"
+
+
+def test_where_fits_are_put_aside_there_is_always_something_to_do(make):
+    """More than two steps' worth is sent and not reported yet, whatever is done of it."""
+    from vllm_am.engine.messages import HeadRange, SliceReport
+
+    engine = make(pauses=True, step_ms=34)
+    engine.start()
+    engine.pace._seconds_per_work, engine.pace._measured = {True: RATE, False: RATE}, {True, False}
+    assert engine.step() == [("a", True, 0, 6), ("a", True, 6, 7)], "70 of 68 ms"
+    assert engine.step() == [], "nothing was reported"
+    work = 6 * statistics_work(4 * POSITIONS, SPAN, 64)
+    engine.jobs.note(SliceReport(0, True, HeadRange(0, 6, 8), work, work * RATE))
+    following = engine.step()
+    assert following[0] == ("a", True, 7, 8) and following[1][:3] == ("a", False, 0)
+    assert make(pauses=True, step_ms=1e-6).pace.steps(SPAN, SLOTS) > 2 * HEADS
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ from vllm_am.engine.scheduler.planner import Span
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import JobQueries
 
+#: Steps for which a worker is sent work that it can put aside.
+AHEAD = 2
+
 
 @dataclass
 class Job:
@@ -64,11 +67,14 @@ class Jobs:
     ) -> None:
         self._limits = limits
         self._pace = pace
+        self._pauses = limits.pauses_fits
         self._config = limits.config
         self._blocks = blocks
         self._pool = pool
         self._next_id = 0
         self._cancelled: list[int] = []
+        self._sent: dict[tuple[int, bool, HeadRange], float] = {}
+        """Slices that were not reported yet, and what they may take."""
         self.running: dict[str, Job] = {}
         self.detached: dict[int, Job] = {}
         """By number: those whose requests have ended."""
@@ -135,16 +141,23 @@ class Jobs:
     def slices(self) -> Iterator[FitSlice]:
         """The next slices, within what this step has for them; one head at least.
 
-        First of the compaction that gives back most blocks for the time that it still takes.
+        First of the compaction that gives back most blocks for the time that it still takes. Where
+        a worker puts fits aside, it is sent more than it has time for, so that none of that is left
+        unused, and more when it has done some of it.
         """
-        left, sent = self._pace.step_seconds, False
+        left, least = self._pace.step_seconds, True
+        if self._pauses:
+            left = AHEAD * left - sum(self._sent.values())
+            least = left > 0
         for job in sorted(self.all, key=self._seconds_per_block):
-            while job.to_send and (left > 0 or not sent):
-                fit, seconds = self._next_slice(job, left, at_least_one=not sent)
+            while job.to_send and (left > 0 or least):
+                fit, seconds = self._next_slice(job, left, at_least_one=least)
                 if fit is None:
                     return
+                self._sent[fit.job_id, fit.measures, fit.heads] = seconds
                 yield fit
-                left, sent = left - seconds, True
+                left -= seconds
+                least = self._pauses and left > 0
 
     def _seconds_per_block(self, job: Job) -> float:
         freed = len(job.source_block_ids) - len(job.segment.block_ids)
@@ -198,6 +211,7 @@ class Jobs:
                 job.report = report
             return
         self._pace.note(report)
+        self._sent.pop((report.job_id, report.measures, report.heads), None)
         if job is not None and report.slots is not None:
             tokens = len(job.source_block_ids) * self._limits.block_size
             slots = job.segment.slots
@@ -212,6 +226,7 @@ class Jobs:
                 else:
                     del self.running[job.request.request_id]
                 self._pool.release(job.queries.slots_read)
+                self._forget_slices(job)
                 yield job, job.report
 
     def is_detached(self, job: Job) -> bool:
@@ -240,8 +255,13 @@ class Jobs:
             self._blocks.release_detached(job_id)
             self._forget(job)
 
+    def _forget_slices(self, job: Job) -> None:
+        for name in [name for name in self._sent if name[0] == job.job_id]:
+            del self._sent[name]
+
     def _forget(self, job: Job) -> None:
         self._pool.release(job.queries.slots_read)
+        self._forget_slices(job)
         self._cancelled.append(job.job_id)
 
     def take_cancelled(self) -> list[int]:

@@ -100,7 +100,9 @@ class Pace:
         positions = min(self._limits.sample_positions, tokens)
         work = self.work(positions, tokens, slots)
         steps = math.ceil(self.seconds_of(work) / self.step_seconds)
-        return max(1, min(steps, len(work.rounds) * len(work.fits)))  # a head in each, at least
+        if not self._limits.pauses_fits:  # a head in each, at least
+            steps = min(steps, len(work.rounds) * len(work.fits))
+        return max(1, steps)
 
     def note(self, report: SliceReport) -> None:
         """Learn from a slice that is done."""

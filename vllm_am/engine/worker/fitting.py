@@ -8,9 +8,11 @@ to pages that belong to nobody else, so a failed or forgotten fit needs no clean
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,6 +41,9 @@ from vllm_am.engine.messages import (
 from vllm_am.engine.worker.head_queries import head_queries
 from vllm_am.engine.worker.rotary import Rotary
 from vllm_am.engine.worker.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from vllm_am.engine.worker.interruptible import Interruptible
 
 logger = init_logger("vllm.kv_compaction")
 
@@ -89,12 +94,17 @@ class Fitting:
     chunk_bytes: int
     head_weights: torch.Tensor | None = None
     """float64 [heads] on the CPU: what the scores of each head count for beside those of others."""
+    aside: Interruptible | None = None
+    """What fits are put aside with when their time is up; None where they are not."""
+    waiting: deque[tuple[FitSlice, torch.Tensor]] = field(default_factory=deque)
+    """Slices that are not done yet, the first perhaps in part, with their source's pages."""
     stopwatch: Stopwatch = field(init=False)
     running: dict[int, FitProgress] = field(default_factory=dict)
     """By job, from the first slice until the segment is taken over or given up."""
 
     def __post_init__(self) -> None:
-        self.stopwatch = Stopwatch(self.kv.pages.device)
+        self._clock = time.perf_counter if self.aside is None else self.aside.clock
+        self.stopwatch = Stopwatch(self.kv.pages.device, self._clock)
 
     @property
     def heads(self) -> int:
@@ -157,18 +167,48 @@ class Fitting:
     def forget(self, job_id: int) -> None:
         """A fit that was cancelled, and with it the target pages."""
         self.running.pop(job_id, None)
+        if self.aside is not None and self.aside.busy and self.waiting[0][0].job_id == job_id:
+            self.aside.cancel()
+        self.waiting = deque(each for each in self.waiting if each[0].job_id != job_id)
 
     def take(self, job_id: int) -> tuple[torch.Tensor, ...]:
         """The page lists of a fit that was committed."""
         return self.running.pop(job_id).lists
 
-    def run(self, fit: FitSlice, source_pages: torch.Tensor) -> Iterator[FitReport | SliceReport]:
-        """Run one slice; what there is to say of it and of earlier ones.
+    def take_on(self, fit: FitSlice, source_pages: torch.Tensor) -> None:
+        """A slice that is to be run, behind all others.
 
         Args:
             source_pages: int64 [heads, n] on the CPU, what is compacted; in a merge -1 behind the
                 end of a shorter head's pages.
         """
+        self.waiting.append((fit, source_pages))
+
+    def go_on(self, seconds: float) -> Iterator[FitReport | SliceReport]:
+        """Run what was taken on; what there is to say of it.
+
+        Args:
+            seconds: after which the rest is put aside, where that is possible.
+        """
+        until = time.perf_counter() + seconds
+        while self.waiting:
+            fit, source_pages = self.waiting[0]
+            if self.aside is None:
+                self._run(fit, source_pages)
+            else:
+                if not self.aside.busy:
+                    self.aside.begin(partial(self._run, fit, source_pages))
+                if not self.aside.go_on(until):
+                    break
+            self.waiting.popleft()
+            if not fit.measures and fit.heads.end == fit.heads.of:
+                yield self._finish(fit.job_id)
+            if self.aside is not None and time.perf_counter() >= until:
+                break
+        yield from self.stopwatch.finished()
+
+    def _run(self, fit: FitSlice, source_pages: torch.Tensor) -> None:
+        """One slice."""
         if fit.heads.begin == 0 and fit.measures == self.config.measures_scores:
             self.running[fit.job_id] = FitProgress(source_pages)
         progress = self.running[fit.job_id]
@@ -178,11 +218,8 @@ class Fitting:
             slots = None
             if progress.lists and not divided:
                 slots = tuple(len(pages) * self.kv.block_size for pages in progress.lists)
-            report = SliceReport(fit.job_id, fit.measures, fit.work, 0.0, slots)
+            report = SliceReport(fit.job_id, fit.measures, fit.heads, fit.work, 0.0, slots)
             self.stopwatch.stop(started, report)
-        if not fit.measures and fit.heads.end == fit.heads.of:
-            yield self._finish(fit.job_id)
-        yield from self.stopwatch.finished()
 
     def begin_on_policy(
         self, fit: FitSlice, source_pages: torch.Tensor
@@ -246,7 +283,7 @@ class Fitting:
         """Do some of the work of a fit, unless it has failed already; remember why it fails."""
         if progress.failure is not None:
             return
-        started = time.perf_counter()
+        started = self._clock()
         try:
             work()
         except FitError as error:
@@ -256,7 +293,7 @@ class Fitting:
         except Exception:  # whatever it is, the sequence can go on as it is
             logger.exception("KV compaction: a fit failed unexpectedly")
             progress.failure = INTERNAL_ERROR
-        progress.seconds += time.perf_counter() - started
+        progress.seconds += self._clock() - started
 
     def _run_slice(self, fit: FitSlice, progress: FitProgress) -> None:
         """Measure or fit the heads of one slice; a stage of a pipeline may have none of them."""

@@ -204,6 +204,12 @@ class WorkerState:
         shares = local_shares(limits.config.budgets, list(layers), vllm_config)
         text_config = vllm_config.model_config.hf_text_config
         rotations = rotaries(runner.get_model(), list(layers), text_config, kv.pages.device)
+        aside = None
+        if limits.pauses_fits:
+            # Here: a machine with a GPU need not have what it is made of.
+            from vllm_am.engine.worker.interruptible import Interruptible
+
+            aside = Interruptible()
         fitting = Fitting(
             limits.config,
             kv,
@@ -212,6 +218,7 @@ class WorkerState:
             shares,
             rotations,
             fit_bytes(kv.pages.device) // FIT_TEMPORARIES,
+            aside=aside,
         )
         state = cls(limits, layers, kv, queries, fitting, runner, group, len(groups))
         _states[engine_key(vllm_config)] = state
@@ -279,8 +286,10 @@ class WorkerState:
             self.sequences[shared.request_id] = self.sequences[shared.parent_id]
         for fit in self.fits_on_policy:
             self._begin_on_policy(fit)
-        fits = (fit for fit in step.fits if fit.on_policy is None)
-        return [r for fit in fits for r in self.fitting.run(fit, self._source_pages(fit))]
+        for fit in step.fits:
+            if fit.on_policy is None:
+                self.fitting.take_on(fit, self._source_pages(fit))
+        return list(self.fitting.go_on(step.fit_seconds))
 
     def _source_pages(self, fit: FitSlice) -> torch.Tensor:
         """int64 [heads, n] on the CPU: the pages a fit reads, -1 behind the end of a head's."""

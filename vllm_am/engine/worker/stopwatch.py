@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -20,16 +19,18 @@ class Stopwatch:
 
     Args:
         device: that works.
+        clock: of the host, in seconds.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._on_gpu = device.type == "cuda"
         self._stopped: deque[tuple[float | torch.cuda.Event, SliceReport]] = deque()
         self._ends: deque[torch.cuda.Event] = deque()
 
     def start(self) -> float | torch.cuda.Event:
         """Before the work; for :meth:`stop`."""
-        return self._event() if self._on_gpu else time.perf_counter()
+        return self._event() if self._on_gpu else self._clock()
 
     def stop(self, started: float | torch.cuda.Event, report: SliceReport) -> None:
         """Behind the work.
@@ -38,7 +39,7 @@ class Stopwatch:
             report: of the work, without its time.
         """
         if isinstance(started, float):
-            report = replace(report, seconds=time.perf_counter() - started)
+            report = replace(report, seconds=self._clock() - started)
         else:
             self._ends.append(self._event())
         self._stopped.append((started, report))
