@@ -122,7 +122,7 @@ PIECES = {"ratio": 0.25, "threshold": 256, "step_ms": 0.001, "pressed_step_ms": 
 @pytest.mark.slow
 def test_an_engine_fits_in_pieces(tiny_model):
     """The sequence is served on meanwhile, and gets what it would get from a whole fit."""
-    ask = Ask(random_prompt(random.Random(0), 500), 380, {"kv_compaction": "force"})
+    ask = Ask(random_prompt(random.Random(0), 500), 340, {"kv_compaction": "force"})
     segments, steps = [], []
     for bound in (0.001, 1e6):
         options = {**PIECES, "threshold": 490, "step_ms": bound, "pressed_step_ms": bound}
