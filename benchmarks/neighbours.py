@@ -58,7 +58,7 @@ class Load:
 FULL = Load(
     seconds=45,
     bystanders=Stream(2.0, 60, 60),
-    long={"3,000 tokens, answers of 8": Stream(0.5, 3000, 8), "of 150": Stream(0.4, 3000, 150)},
+    long={"3,000 tokens, answers of 8": Stream(1.0, 3000, 8), "of 150": Stream(0.6, 3000, 150)},
     blocks=2000,
     turns=2,
 )

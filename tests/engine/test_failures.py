@@ -155,12 +155,12 @@ def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
 
         original = fitting.read_pages
         state = engine.worker._compaction
-        guarded = fitting.Fitting._guarded
+        run = fitting.Fitting._run_slice
         current = []
 
         def remember(self, fit, progress):
             current[:] = [fit.request_id]
-            return guarded(self, fit, progress)
+            return run(self, fit, progress)
 
         def poisoned(kv, pages):
             keys, values = original(kv, pages)
@@ -169,7 +169,7 @@ def test_nan_in_the_cache_of_one_request(tiny_model, monkeypatch):
                 keys[:, 3] = float("nan")
             return keys, values
 
-        monkeypatch.setattr(fitting.Fitting, "_guarded", remember)
+        monkeypatch.setattr(fitting.Fitting, "_run_slice", remember)
         monkeypatch.setattr(fitting, "read_pages", poisoned)
         outputs = engine.run(asks)
         assert engine.totals.failures == {"non-finite": 1}

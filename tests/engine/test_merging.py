@@ -87,7 +87,7 @@ def test_bias_is_carried(tiny_model):
     options = {**MERGING, "budgets": "global"}
     with driver.start(tiny_model, options, max_model_len=6000, **SMALL_STEPS) as engine:
         state = engine.worker._compaction
-        run, activate = state.fitting.run, state._activate
+        run, activate = state.fitting._run, state._activate
 
         def spy_run(fit, source_pages):
             slices[fit.job_id] = fit
@@ -111,7 +111,7 @@ def test_bias_is_carried(tiny_model):
             carried.append(float((got - expected)[some].abs().mean()))
             bare.append(float((without - expected)[some].abs().mean()))
 
-        state.fitting.run, state._activate = spy_run, spy_activate
+        state.fitting._run, state._activate = spy_run, spy_activate
         engine.run([Ask(random_prompt(random.Random(3), 5000), 20)])
     assert len(carried) >= 5
     assert max(carried) < 0.3
@@ -134,7 +134,7 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
     monkeypatch.setattr(fitting, "compact", fails_on_merges)
     with driver.start(tiny_model, MERGING, max_model_len=6000, **SMALL_STEPS) as engine:
         scheduler, state = engine.scheduler, engine.worker._compaction
-        run, give_up = state.fitting.run, scheduler.compaction.failures.give_up
+        run, give_up = state.fitting._run, scheduler.compaction.failures.give_up
 
         def held(request_id):
             """The segments, and what their pages hold."""
@@ -152,7 +152,7 @@ def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):
             unchanged.append(segments == left and all(map(torch.equal, then, now)))
             give_up(job, report)
 
-        state.fitting.run, scheduler.compaction.failures.give_up = spy_run, spy_give_up
+        state.fitting._run, scheduler.compaction.failures.give_up = spy_run, spy_give_up
         outputs = engine.run([Ask(random_prompt(random.Random(5), 5000), 30)])
         assert len(outputs["0"]) == 30
         assert engine.totals.merges == 0 and engine.totals.compactions >= 4

@@ -50,6 +50,7 @@ class Pace:
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
+        self._pauses = limits.pauses_fits
         self._usual, self._pressed = limits.config.step_seconds(limits.device_type)
         guess = 1 / FIRST_GUESS.get(limits.device_type, FIRST_GUESS["cuda"])
         self._seconds_per_work = {True: guess, False: guess}
@@ -100,7 +101,7 @@ class Pace:
         positions = min(self._limits.sample_positions, tokens)
         work = self.work(positions, tokens, slots)
         steps = math.ceil(self.seconds_of(work) / self.step_seconds)
-        if not self._limits.pauses_fits:  # a head in each, at least
+        if not self._pauses:  # a head in each, at least
             steps = min(steps, len(work.rounds) * len(work.fits))
         return max(1, steps)
 
