@@ -51,6 +51,7 @@ SCRIPTS = (
     Script("benchmarks.demo", "benchmarks/out", "benchmarks/results"),
     Script("benchmarks.memory_bound", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.nothing_compacted", "benchmarks/out", "benchmarks/results", option="--out"),
+    Script("benchmarks.neighbours", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.soak", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.page_overhead", "benchmarks/out", "benchmarks/results", option="--out"),
     Script(
