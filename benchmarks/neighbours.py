@@ -29,10 +29,8 @@ import typer
 from benchmarks.demo import BLOCK_SIZE, RECALL_MODEL
 from benchmarks.folders import Folder, Record, result_path, written
 from benchmarks.gpu_suite.report import Report, Row
+from benchmarks.recall.documents import DENSITIES, generate
 from benchmarks.serving import HOST, Server, ServerError
-
-#: Token ids of the bundled model that are words.
-FIRST_WORD, LAST_WORD = 10, 400
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,13 @@ def arrivals(stream: Stream, seconds: float, seed: int) -> list[float]:
     return found
 
 
+def prompt(tokens: int, name: str) -> str:
+    """A text of the bundled model's language, for each name another one."""
+    return generate(random.Random(f"neighbours {tokens} {name}"), tokens, DENSITIES["sparse"]).text
+
+
 async def ask(
-    client: httpx.AsyncClient, model: str, at: float, prompt: list[int], more: dict[str, Any]
+    client: httpx.AsyncClient, model: str, at: float, prompt: str, more: dict[str, Any]
 ) -> Answer:
     """Wait until a request is due, send it, note when each token comes."""
     await asyncio.sleep(max(0.0, at - time.perf_counter()))
@@ -117,14 +120,9 @@ async def ask(
 
 
 async def run(
-    server: Server, load: Load, long: Stream | None, options: dict[str, Any], seed: int
+    server: Server, load: Load, long: Stream | None, options: dict[str, Any], run_number: int
 ) -> tuple[Asked, Asked, float]:
     """Bystanders, long requests, and the seconds until the last of them was answered."""
-    words = random.Random(seed)
-
-    def prompt(length: int) -> list[int]:
-        return [words.randrange(FIRST_WORD, LAST_WORD) for _ in range(length)]
-
     async with httpx.AsyncClient(
         base_url=f"http://{HOST}:{server.port}",
         timeout=600,
@@ -132,10 +130,10 @@ async def run(
     ) as client:
         start = time.perf_counter() + 0.1
 
-        def all_of(stream: Stream, seed: int, xargs: dict[str, Any]) -> list[Any]:
+        def all_of(stream: Stream, kind: int, xargs: dict[str, Any]) -> list[Any]:
             more = {"max_tokens": stream.output, **({"vllm_xargs": xargs} if xargs else {})}
-            times = arrivals(stream, load.seconds, seed)
-            prompts = [prompt(stream.prompt) for _ in times]
+            times = arrivals(stream, load.seconds, kind)
+            prompts = [prompt(stream.prompt, f"{run_number} {i}") for i in range(len(times))]
             return [
                 ask(client, server.model, start + at, p, more)
                 for at, p in zip(times, prompts, strict=True)
@@ -162,7 +160,7 @@ def serving(load: Load, *flags: str) -> Iterator[Server]:
         server.wait_until_ready()
         long = next(iter(load.long.values()))
         warm = Load(2.0, load.bystanders, {}, load.blocks, 1)
-        asyncio.run(run(server, warm, Stream(1.0, long.prompt, 32), {}, seed=99))
+        asyncio.run(run(server, warm, Stream(1.0, long.prompt, 32), {}, run_number=99))
         yield server
     log.unlink()
 
@@ -185,7 +183,7 @@ def measure(
     server: Server, name: str, load: Load, ways: dict[str, dict[str, str]]
 ) -> Iterator[Row]:
     """Rows of one server: bystanders alone, then beside long requests, treated each way in turn."""
-    beside, _, seconds = asyncio.run(run(server, load, None, {}, seed=0))
+    beside, _, seconds = asyncio.run(run(server, load, None, {}, run_number=0))
     yield {"server": name, "long requests": "none", **beside.columns("bystanders", seconds)}
     for kind, stream in load.long.items():
         for turn in range(load.turns):
@@ -217,7 +215,7 @@ def main(
         f"{load.bystanders.prompt} tokens, answers of {load.bystanders.output}, for "
         f"{load.seconds:g} s; long requests: "
         + "; ".join(f"{s.per_second:g} per second ({kind})" for kind, s in load.long.items())
-        + ". The bundled model, no prompt twice, a pool that holds all of them.",
+        + ". The bundled model at 10x, nothing shared or cached, a pool that holds all of them.",
     ]
     bounds = [None, *(step_ms or [])]
     title = "What neighbours notice of compactions"

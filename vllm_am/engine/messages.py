@@ -203,6 +203,13 @@ class SliceReport:
 
 
 @dataclass(frozen=True)
+class FitTime:
+    """What fits have added to one step."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FitReport:
     """The outcome of a whole compaction (all its slices), the same on every rank."""
 
@@ -215,3 +222,7 @@ class FitReport:
     """Mean relative error of the attention mass on held-out queries."""
     seconds: float
     """Time the worker spent fitting."""
+
+
+#: What the workers report.
+Report = FitReport | SliceReport | FitTime

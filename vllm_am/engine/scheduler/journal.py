@@ -5,13 +5,12 @@ Nothing else in this room logs or counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_am.engine.messages import TOO_LOSSY, FitReport, Segment, SliceReport
+from vllm_am.engine.messages import TOO_LOSSY, FitReport, Segment
 from vllm_am.engine.scheduler.query_sources import QUERIES_PER_SLOT
 from vllm_am.engine.stats import CompactionStats, Holdings
 
@@ -79,11 +78,6 @@ class Journal:
                 segment.slots,
                 needed,
             )
-
-    def worked(self, reports: Iterable[SliceReport]) -> None:
-        """Slices are done, of one step on a CPU; a GPU's are told of as they end."""
-        if seconds := [report.seconds for report in reports]:
-            self.count(CompactionStats(step_seconds=[sum(seconds)]))
 
     def compacted(self, job: Job, report: FitReport, freed: int, returned: int) -> None:
         """A span of tokens was compacted.

@@ -44,9 +44,9 @@ from vllm_am.engine.messages import (
     STEP_ATTRIBUTE,
     CompactionStep,
     FitSlice,
+    FitTime,
     OnPolicy,
     Segment,
-    SliceReport,
 )
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.planner import SequenceView, Span
@@ -99,10 +99,11 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        reports = getattr(model_runner_output, REPORTS_ATTRIBUTE, ())
-        for report in reports:
-            self.compaction.jobs.note(report)
-        self.compaction.journal.worked(r for r in reports if isinstance(r, SliceReport))
+        for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
+            if isinstance(report, FitTime):
+                self.compaction.journal.count(CompactionStats(step_seconds=[report.seconds]))
+            else:
+                self.compaction.jobs.note(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _somebody_waits(self) -> bool:

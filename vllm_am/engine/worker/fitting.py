@@ -34,7 +34,9 @@ from vllm_am.engine.messages import (
     TOO_LOSSY,
     FitReport,
     FitSlice,
+    FitTime,
     HeadRange,
+    Report,
     Segment,
     SliceReport,
 )
@@ -184,13 +186,16 @@ class Fitting:
         """
         self.waiting.append((fit, source_pages))
 
-    def go_on(self, seconds: float) -> Iterator[FitReport | SliceReport]:
+    def go_on(self, seconds: float) -> Iterator[Report]:
         """Run what was taken on; what there is to say of it.
 
         Args:
             seconds: after which the rest is put aside, where that is possible.
         """
-        until = time.perf_counter() + seconds
+        if not self.waiting and not self.stopwatch.running:
+            return
+        started = time.perf_counter()
+        until = started + seconds
         while self.waiting:
             fit, source_pages = self.waiting[0]
             if self.aside is None:
@@ -205,7 +210,12 @@ class Fitting:
                 yield self._finish(fit.job_id)
             if self.aside is not None and time.perf_counter() >= until:
                 break
-        yield from self.stopwatch.finished()
+        taken = time.perf_counter() - started
+        finished = list(self.stopwatch.finished())
+        if self.kv.pages.device.type == "cuda":  # what the host has queued takes the device longer
+            taken = sum(report.seconds for report in finished)
+        yield from finished
+        yield FitTime(taken)
 
     def _run(self, fit: FitSlice, source_pages: torch.Tensor) -> None:
         """One slice."""

@@ -31,10 +31,9 @@ from vllm_am.engine.messages import (
     Activation,
     Attachment,
     CompactionStep,
-    FitReport,
     FitSlice,
+    Report,
     Segment,
-    SliceReport,
 )
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker.fitting import Fitting
@@ -259,9 +258,7 @@ class WorkerState:
         """The engine goes: another one may follow in this process."""
         _states.pop(engine_key(vllm_config), None)
 
-    def begin_step(
-        self, step: CompactionStep | None, gone: set[str]
-    ) -> list[FitReport | SliceReport]:
+    def begin_step(self, step: CompactionStep | None, gone: set[str]) -> list[Report]:
         """Before the forward pass: forget requests, switch sequences over, fit.
 
         Args:
@@ -308,9 +305,9 @@ class WorkerState:
         for fit in self.fits_on_policy:
             self.fitting.fit_on_policy(fit, self.layer_indices[layer_name])
 
-    def end_step(self) -> list[FitReport]:
+    def end_step(self) -> list[Report]:
         """After the forward pass, or after what was raised in it."""
-        reports = [self.fitting.end_on_policy(fit) for fit in self.fits_on_policy]
+        reports: list[Report] = [self.fitting.end_on_policy(fit) for fit in self.fits_on_policy]
         self.step = None
         return reports
 

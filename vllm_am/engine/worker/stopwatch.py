@@ -44,6 +44,11 @@ class Stopwatch:
             self._ends.append(self._event())
         self._stopped.append((started, report))
 
+    @property
+    def running(self) -> bool:
+        """Something was stopped and not yet told of."""
+        return bool(self._stopped)
+
     def finished(self) -> Iterator[SliceReport]:
         """What was stopped and is over, in order, each once."""
         while self._stopped:

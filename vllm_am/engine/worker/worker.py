@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_am.engine.limits import EngineLimits
-from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, FitReport, SliceReport
+from vllm_am.engine.messages import REPORTS_ATTRIBUTE, STEP_ATTRIBUTE, Report
 from vllm_am.engine.spec import CompactableAttentionSpec, check_alike
 from vllm_am.engine.worker.copying_pass import find_head_weights
 from vllm_am.engine.worker.state import WorkerState, fit_bytes
@@ -37,9 +37,7 @@ else:
 class ReportingOutput(AsyncModelRunnerOutput):
     """An async output that carries reports of fits to the scheduler."""
 
-    def __init__(
-        self, output: AsyncModelRunnerOutput, reports: list[FitReport | SliceReport]
-    ) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, reports: list[Report]) -> None:
         self._output = output
         self._reports = reports
 
@@ -51,7 +49,7 @@ class ReportingOutput(AsyncModelRunnerOutput):
         return self._output.get_kv_connector_output()
 
 
-def with_reports(output: Any, reports: list[FitReport | SliceReport]) -> Any:
+def with_reports(output: Any, reports: list[Report]) -> Any:
     """``output`` carrying the reports; vLLM shares one empty output, so a copy is marked."""
     if isinstance(output, AsyncModelRunnerOutput):
         return ReportingOutput(output, reports)
@@ -64,7 +62,7 @@ class CompactionWorkerMixin(_Base):
     """Adds compaction to a vLLM worker class; see the module docstring."""
 
     _compaction: WorkerState | None = None
-    _unsent_reports: list[FitReport | SliceReport]
+    _unsent_reports: list[Report]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         peak = EngineLimits.from_vllm_config(self.vllm_config).peak_tokens
