@@ -26,8 +26,8 @@ from vllm_am.config.ratio_threshold import (
 #: Values of ``cache``.
 CACHE_MODES = ("auto", "on", "off")
 
-#: ``step_ms`` by device: about what a decode step of a large model takes there, so that a stream of
-#: tokens goes on at half its pace at worst while something is compacted.
+#: By device, most milliseconds of a step's fits where ``step_ms`` is not given: then they take as
+#: long as the model's own steps do, so that a stream of tokens goes on at half its pace at worst.
 DEFAULT_STEP_MS = {"cuda": 20.0, "cpu": 50.0}
 
 #: Of ``step_ms``, while somebody waits for blocks: who waits would gain nothing by short steps.
@@ -103,7 +103,7 @@ class CompactionConfig:
     Their fits read no query from behind the span."""
     step_ms: float | None = None
     """What compaction may add to one engine step, in milliseconds; longer fits are spread over
-    steps. None: :data:`DEFAULT_STEP_MS` of the device."""
+    steps. None: as much as the model's own steps take, up to :data:`DEFAULT_STEP_MS`."""
     pressed_step_ms: float | None = None
     """The same while somebody waits for blocks of the KV pool. None: :data:`PRESSED` times as
     much."""

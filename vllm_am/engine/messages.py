@@ -196,7 +196,7 @@ class SliceReport:
     measures: bool
     heads: HeadRange
     work: float
-    """What had been expected of it."""
+    """What had been expected of it; 0 where it failed."""
     seconds: float
     slots: tuple[int, ...] | None = None
     """Where the pages were divided in it: slots of each head of that rank."""

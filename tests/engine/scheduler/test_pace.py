@@ -196,3 +196,26 @@ def test_where_fits_are_put_aside_there_is_always_something_to_do(make):
 def test_the_time_of_a_step(options, device, usual, pressed):
     found = CompactionConfig.from_dict(options).step_seconds(device)
     assert found == pytest.approx((usual, pressed))
+
+
+def test_without_a_bound_a_step_of_fits_is_as_long_as_one_of_the_model(make):
+    """Their median: a prefill now and then does not count; within the device's bound."""
+    pace = make().pace
+    assert pace.step_seconds == 0.05, "nothing is known"
+    for seconds in (0.004, 0.3, 0.004, 0.005, 0.004):
+        pace.note_step(seconds)
+    assert pace.step_seconds == 0.004
+    pace.alone = True
+    assert pace.step_seconds == 0.05, "nobody is in the way"
+    pace.alone, pace.pressed = False, True
+    assert pace.step_seconds == 0.5
+    pace.pressed = False
+    for _ in range(16):
+        pace.note_step(0.0001)
+    assert pace.step_seconds == 0.002
+    for _ in range(16):
+        pace.note_step(0.2)
+    assert pace.step_seconds == 0.05
+    given = make(step_ms=30).pace
+    given.note_step(0.004)
+    assert given.step_seconds == 0.03

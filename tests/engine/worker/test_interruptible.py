@@ -170,3 +170,24 @@ def test_a_request_goes_in_the_middle_of_its_fit(tiny_model):
         assert engine.totals.compactions >= 1 and not engine.totals.failures
         assert not fitting.running and not fitting.waiting and not fitting.aside.busy
         assert engine.used_blocks == 0
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("stage", ["attention_statistics", "compact"])
+def test_a_fit_in_pieces_that_fails_comes_to_an_end(tiny_model, monkeypatch, stage):
+    """In the first slice or a later one: the sequence stays exact, nothing is left behind."""
+    from vllm_am.compaction import FitError
+    from vllm_am.engine.worker import fitting
+
+    def fails(*args, **kwargs):
+        raise FitError("singular", heads=[0])
+
+    monkeypatch.setattr(fitting, stage, fails)
+    ask = Ask(random_prompt(random.Random(0), 500), 300, {"kv_compaction": "force"})
+    with driver.start(tiny_model) as engine:
+        exact = engine.run([ask])["0"]
+    with driver.start(tiny_model, {**PIECES, "threshold": 490}, pauses=True) as engine:
+        assert engine.run([ask])["0"] == exact
+        assert engine.totals.failures == {"singular": 1} and engine.used_blocks == 0
+        state, jobs = engine.worker._compaction.fitting, engine.scheduler.compaction.jobs
+        assert not state.running and not state.waiting and not jobs.all

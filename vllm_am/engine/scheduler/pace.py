@@ -8,6 +8,8 @@ method, beside whatever else runs on the machine, is learned from the workers' r
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 
 from vllm_am.compaction.work import fit_work, statistics_work
@@ -20,6 +22,8 @@ FIRST_GUESS = {"cuda": 1e14, "cpu": 5e10}
 CAUTION = 10
 #: Weight of a new measurement beside all earlier ones.
 LATEST = 0.5
+#: Steps whose median is what the model's own steps take; and the least that it is taken for.
+STEPS, LEAST_SECONDS = 16, 0.002
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,25 @@ class Pace:
         guess = 1 / FIRST_GUESS.get(limits.device_type, FIRST_GUESS["cuda"])
         self._seconds_per_work = {True: guess, False: guess}
         self._measured: set[bool] = set()
+        self._adapts = limits.config.step_ms is None
+        self._steps: deque[float] = deque(maxlen=STEPS)
         self.pressed = False
         """Somebody waits for blocks in this step."""
+        self.alone = False
+        """Nobody is served in this step."""
 
     @property
     def step_seconds(self) -> float:
         """What compaction may add to this step."""
-        return self._pressed if self.pressed else self._usual
+        if self.pressed:
+            return self._pressed
+        if not self._adapts or self.alone or not self._steps:
+            return self._usual
+        return min(self._usual, max(LEAST_SECONDS, statistics.median(self._steps)))
+
+    def note_step(self, seconds: float) -> None:
+        """A step has taken so long, without its fits."""
+        self._steps.append(seconds)
 
     def work(
         self, positions: int, tokens: int, slots: int, by_head: tuple[int, ...] | None = None
@@ -76,12 +92,12 @@ class Pace:
         """
         limits = self._limits
         queries, dim = positions * limits.queries_per_kv, limits.head_size
-        statistics = statistics_work(queries, tokens, dim)
+        measure = statistics_work(queries, tokens, dim)
         known = limits.config.measures_scores and limits.keeps_statistics(queries, tokens)
-        beside = 0.0 if known else statistics
+        beside = 0.0 if known else measure
         every = by_head if by_head and len(by_head) == limits.heads else (slots,) * limits.heads
         fits = tuple(beside + fit_work(queries, tokens, each, dim) for each in every)
-        return JobWork(statistics if limits.config.measures_scores else 0.0, fits)
+        return JobWork(measure if limits.config.measures_scores else 0.0, fits)
 
     def seconds(self, measures: bool, work: float) -> float:
         """What so much work takes, as far as anybody knows."""

@@ -26,6 +26,7 @@ some begins life on them, and a sequence that is due takes one over in place of 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,6 +65,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     """While blocks are about to come back: wait for them rather than throw a sequence out."""
     _held_preemption = False
     """It did, in the last step."""
+    _last_schedule: float | None = None
+    """When the last step began; None where nobody was served behind it."""
+    _fit_seconds = 0.0
+    """What fits have added since then."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -74,7 +79,9 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         step = CompactionStep()
         self._settle_reported(step)
+        self._time_steps()
         self.compaction.pace.pressed = self._somebody_waits()
+        self.compaction.pace.alone = not self.running
         self._start_jobs()
         step.fits.extend(self.compaction.jobs.slices())
         if self.compaction.jobs.all:
@@ -101,10 +108,21 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     ) -> Any:
         for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
             if isinstance(report, FitTime):
+                self._fit_seconds += report.seconds
                 self.compaction.journal.count(CompactionStats(step_seconds=[report.seconds]))
             else:
                 self.compaction.jobs.note(report)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self.running:
+            self._last_schedule = None
+        return outputs
+
+    def _time_steps(self) -> None:
+        """From one to the next, while somebody is served: what the model's own steps take."""
+        now = time.perf_counter()
+        if self._last_schedule is not None:
+            self.compaction.pace.note_step(now - self._last_schedule - self._fit_seconds)
+        self._last_schedule, self._fit_seconds = now, 0.0
 
     def _somebody_waits(self) -> bool:
         """For blocks, which compactions under way would give: then they may take longer steps."""

@@ -224,12 +224,12 @@ class Fitting:
         progress = self.running[fit.job_id]
         divided, started = bool(progress.lists), self.stopwatch.start()
         self._guarded(progress, lambda: self._run_slice(fit, progress))
-        if progress.failure is None:
-            slots = None
-            if progress.lists and not divided:
-                slots = tuple(len(pages) * self.kv.block_size for pages in progress.lists)
-            report = SliceReport(fit.job_id, fit.measures, fit.heads, fit.work, 0.0, slots)
-            self.stopwatch.stop(started, report)
+        slots = None
+        if progress.lists and not divided:
+            slots = tuple(len(pages) * self.kv.block_size for pages in progress.lists)
+        work = 0.0 if progress.failure else fit.work  # of one that failed nothing is learned
+        report = SliceReport(fit.job_id, fit.measures, fit.heads, work, 0.0, slots)
+        self.stopwatch.stop(started, report)
 
     def begin_on_policy(
         self, fit: FitSlice, source_pages: torch.Tensor
