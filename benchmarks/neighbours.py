@@ -54,9 +54,9 @@ class Load:
 
 
 FULL = Load(
-    seconds=45,
+    seconds=30,
     bystanders=Stream(2.0, 60, 60),
-    long={"3,000 tokens, answers of 8": Stream(1.0, 3000, 8), "of 150": Stream(0.6, 3000, 150)},
+    long={"3,000 tokens, answers of 8": Stream(1.0, 3000, 8), "of 1,000": Stream(0.25, 3000, 1000)},
     blocks=2000,
     turns=2,
 )

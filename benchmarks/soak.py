@@ -44,7 +44,12 @@ SERVER = [
 ]
 COMPACTION = [
     *("--kv-compaction", "attention-matching", "--kv-compaction-ratio", "10x"),
-    *("--kv-compaction-threshold", "512", "--kv-compaction-config", '{"recent_tokens": 32}'),
+    *(
+        "--kv-compaction-threshold",
+        "512",
+        "--kv-compaction-config",
+        '{"recent_tokens": 32, "step_ms": 50}',
+    ),
 ]
 #: oneDNN keeps up to 1,024 kernels that it has compiled, one for each shape that it has met, and
 #: its memory grows with them for longer than this lasts. With few, nothing but leaks is seen.

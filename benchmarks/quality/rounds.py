@@ -38,7 +38,7 @@ FULL, ONCE, ROUNDS = "never", "once", "rounds of"
 SEGMENTS_OF: tuple[int, ...] = (4, 2)
 
 #: As many exact tokens behind the compacted part in both, and room for all documents' queries.
-COMMON = {"recent_tokens": BLOCK_SIZE, "query_pool_share": 0.125}
+COMMON = {"recent_tokens": BLOCK_SIZE, "query_pool_share": 0.125, "step_ms": 1e6}
 #: Tokens that are read before the sequence grows.
 PREFILLED = 2 * BLOCK_SIZE
 

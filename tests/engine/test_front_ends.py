@@ -22,7 +22,7 @@ FLAGS = [
     *("--kv-compaction", "attention-matching"),
     *("--kv-compaction-ratio", "10x"),
     *("--kv-compaction-threshold", "512"),
-    *("--kv-compaction-config", '{"recent_tokens": 32}'),
+    *("--kv-compaction-config", '{"recent_tokens": 32, "step_ms": 1000}'),
     *("--max-model-len", "2048"),
     *("--num-gpu-blocks-override", "129"),
     *("--block-size", "32"),

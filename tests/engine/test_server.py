@@ -20,7 +20,7 @@ FLAGS = [
     *("--kv-compaction", "attention-matching"),
     *("--kv-compaction-ratio", "10x"),
     *("--kv-compaction-threshold", "512"),
-    *("--kv-compaction-config", '{"recent_tokens": 32}'),
+    *("--kv-compaction-config", '{"recent_tokens": 32, "step_ms": 1000}'),
     *("--max-model-len", "4096"),
     *("--num-gpu-blocks-override", "129"),
     *("--block-size", "32"),

@@ -34,6 +34,7 @@ def test_server_ends_while_it_compacts(tiny_model, tmp_path, end):
     def ask(number: int) -> None:
         prompt = [5 + (7 * i * i + number) % 490 for i in range(1500)]
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 900, "ignore_eos": True}
+        body["vllm_xargs"] = {"kv_compaction": "force"}
         try:
             url = f"http://127.0.0.1:{server.port}/v1/completions"
             replies.append(httpx.post(url, json=body, timeout=PATIENCE).status_code)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = str(ROOT / "benchmarks" / "recall" / "model")
 PROMPT = [5 + 7 * i * i % 300 for i in range(900)]
-OPTIONS = {"ratio": "10x", "threshold": 512, "recent_tokens": 32}
+OPTIONS = {"ratio": "10x", "threshold": 512, "recent_tokens": 32, "step_ms": 1000}
 WRONG = {"kv_compaction_ratio": "0"}
 
 
@@ -75,6 +75,7 @@ def test_run_batch(tmp_path):
     command += ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--enforce-eager"]
     command += ["--kv-compaction", "attention-matching", "--kv-compaction-ratio", "10x"]
     command += ["--kv-compaction-threshold", "512", "--max-model-len", "2048"]
+    command += ["--kv-compaction-config", '{"step_ms": 1000}']
     command += ["--block-size", "32", "--dtype", "float32", "--num-gpu-blocks-override", "129"]
     ran = subprocess.run(
         command,

@@ -248,7 +248,7 @@ class Planner(Footprint):
             shared = sequence.common_end() if end >= least else 0
             there = max(least, (start + end) // 2) <= shared < end
         there = there and self._may_end(sequence, shared)
-        return (shared if there else end), there
+        return (shared if there else end), there or shared >= end > start
 
     def _may_end(self, sequence: SequenceView, end: int) -> bool:
         """Whether a span that ends there leaves the sequence within what it is counted with."""
