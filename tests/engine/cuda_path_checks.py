@@ -190,7 +190,7 @@ def make_world(
         },
         kv=PagedKV.from_layers(caches),
         queries={name: torch.zeros(POOL, KV_HEADS * GROUP, DIM) for name in LAYERS},
-        fitting=SimpleNamespace(forget=lambda gone: None),  # type: ignore[arg-type]
+        fitting=SimpleNamespace(go_on=lambda seconds: ()),  # type: ignore[arg-type]
         runner=None,  # set below
     )
     monkeypatch.setitem(worker_state._states, worker_state.engine_key(vllm_config), state)

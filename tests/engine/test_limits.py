@@ -37,7 +37,7 @@ def test_sample_rate_takes_all_up_to_the_limit(limits, tokens, positions):
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "heads"),
-    [(16384, 819, 24), (16384, 8192, 8), (2000, 100, 32 * 8), (100, 5, 655 * 8)],
+    [(16384, 819, 24), (16384, 8192, 8), (2000, 100, 18 * 8), (100, 5, 36 * 8)],
 )
 def test_heads_at_once_are_bounded_by_tokens_and_slots(limits, tokens, slots, heads):
     assert limits().heads_at_once(tokens, slots) == heads

@@ -276,7 +276,8 @@ class EngineLimits:
         return self.num_layers * self.kv_heads
 
     def heads_at_once(self, tokens: int, slots: int) -> int:
-        """Heads that a fit takes on as one batch, in whole layers: what bounds its memory.
+        """Heads that a fit takes on as one batch, in whole layers, of batches that are as large as
+        one another: what bounds its memory.
 
         Args:
             tokens: of the span.
@@ -285,7 +286,8 @@ class EngineLimits:
         # The Gram matrices cost ``4 n t^2`` operations where the statistics cost ``4 n T d``, and
         # take memory likewise: ``t`` slots count like ``t^2 / d`` more tokens.
         size = tokens + slots * slots // self.head_size
-        return max(1, round(SLICE_TOKENS / size)) * self.kv_heads
+        batches = ceil_div(self.num_layers * size, SLICE_TOKENS)
+        return ceil_div(self.num_layers, batches) * self.kv_heads
 
     def keeps_statistics(self, queries: int, tokens: int) -> bool:
         """Whether what is measured of all heads is kept for their fits.

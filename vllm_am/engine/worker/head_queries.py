@@ -38,14 +38,22 @@ def head_queries(
         to_device(torch.as_tensor(array), device) for array in (fit.query_slots, fit.query_shifts)
     )
     layers = range(heads.start // kv_heads, -(-heads.stop // kv_heads))
-    found, rotaries = [], []
-    for layer in layers:
-        begin, end = (x - layer * kv_heads for x in (heads.start, heads.stop))
-        theirs = slice(max(0, begin) * group, min(end, kv_heads) * group)
-        captured = pools[layer][:, theirs][slots].transpose(0, 1)
-        found.append(captured)
-        rotaries.append((rotations[layer], len(captured)))
-    sampled = _rotated(torch.cat(found), rotaries, shifts)  # [heads * g, n, D]
+    theirs = [
+        range(max(0, heads.start - layer * kv_heads), min(heads.stop - layer * kv_heads, kv_heads))
+        for layer in layers
+    ]
+    # The parts are gone once they are put together: they are as large as the whole.
+    captured = torch.cat(
+        [
+            pools[layer][:, part.start * group : part.stop * group][slots].transpose(0, 1)
+            for layer, part in zip(layers, theirs, strict=True)
+        ]
+    )
+    rotaries = [
+        (rotations[layer], len(part) * group) for layer, part in zip(layers, theirs, strict=True)
+    ]
+    sampled = _rotated(captured, rotaries, shifts)  # [heads * g, n, D]
+    del captured
     if (drawn := fit.random_queries) is not None:
         like = to_device(torch.as_tensor(drawn.like), device)
         # Of a layer always the same, however its heads are cut.
@@ -53,8 +61,8 @@ def head_queries(
             random_queries(pools[layer][like], drawn.positions, seed=layer) for layer in layers
         ]
         first = (heads.start - layers.start * kv_heads) * group
-        theirs = slice(first, first + len(heads) * group)
-        sampled = torch.cat([sampled, torch.cat(vectors, dim=1).transpose(0, 1)[theirs]], dim=1)
+        chosen = slice(first, first + len(heads) * group)
+        sampled = torch.cat([sampled, torch.cat(vectors, dim=1).transpose(0, 1)[chosen]], dim=1)
     grouped = sampled.unflatten(0, (len(heads), group))
     positions = grouped.shape[2]
     every = max(2, round(1 / heldout_share)) if heldout_share > 0 else positions + 2
