@@ -5,8 +5,8 @@
 Bystanders (short prompts, never compacted) and long requests arrive independently at random
 (Poisson arrivals, the same ones in every row) at ``vllm serve``; all answers are streamed. Rows:
 stock vLLM; ours with long requests left exact, per request; ours with long requests compacted. Long
-requests have answers that end soon, or last. Each pair of rows ``exact`` and ``compacted`` is the
-same server, one after the other, twice.
+requests have answers that end soon, or last. Rows ``exact`` and ``compacted`` are the same server,
+one after the other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ FULL = Load(
     bystanders=Stream(2.0, 60, 60),
     long={"3,000 tokens, answers of 8": Stream(1.0, 3000, 8), "of 1,000": Stream(0.25, 3000, 1000)},
     blocks=2000,
-    turns=2,
+    turns=1,
 )
 #: To try the code.
 SMOKE = Load(3, Stream(2.0, 20, 6), {"900 tokens, answers of 8": Stream(2.0, 900, 8)}, 300, 1)
