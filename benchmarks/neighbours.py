@@ -50,7 +50,6 @@ class Load:
     bystanders: Stream
     long: dict[str, Stream]
     blocks: int
-    turns: int
 
 
 FULL = Load(
@@ -58,10 +57,9 @@ FULL = Load(
     bystanders=Stream(2.0, 60, 60),
     long={"3,000 tokens, answers of 8": Stream(1.0, 3000, 8), "of 1,000": Stream(0.25, 3000, 1000)},
     blocks=2000,
-    turns=1,
 )
 #: To try the code.
-SMOKE = Load(3, Stream(2.0, 20, 6), {"900 tokens, answers of 8": Stream(2.0, 900, 8)}, 300, 1)
+SMOKE = Load(3, Stream(2.0, 20, 6), {"900 tokens, answers of 8": Stream(2.0, 900, 8)}, 300)
 
 
 @dataclass
@@ -72,22 +70,16 @@ class Answer:
     tokens: list[float] = field(default_factory=list)
 
 
-@dataclass
-class Asked:
-    """All answers of one kind of requests."""
-
-    answers: list[Answer]
-
-    def columns(self, who: str, seconds: float) -> Row:
-        """Percentiles in milliseconds, and rates."""
-        first = [a.tokens[0] - a.sent for a in self.answers]
-        between = [gap for a in self.answers for gap in np.diff(a.tokens).tolist()]
-        tokens = sum(len(a.tokens) for a in self.answers)
-        row: Row = {f"{who}: requests": len(self.answers), f"{who}: tokens/s": tokens / seconds}
-        for name, times in (("first token", first), ("between tokens", between)):
-            for q in (50, 99):
-                row[f"{who}: {name}, p{q} ms"] = 1000 * float(np.percentile(times, q))
-        return row
+def columns(answers: Sequence[Answer], who: str, seconds: float) -> Row:
+    """Of all requests of one kind: percentiles in milliseconds, and rates."""
+    first = [a.tokens[0] - a.sent for a in answers]
+    between = [gap for a in answers for gap in np.diff(a.tokens).tolist()]
+    tokens = sum(len(a.tokens) for a in answers)
+    row: Row = {f"{who}: requests": len(answers), f"{who}: tokens/s": tokens / seconds}
+    for name, times in (("first token", first), ("between tokens", between)):
+        for q in (50, 99):
+            row[f"{who}: {name}, p{q} ms"] = 1000 * float(np.percentile(times, q))
+    return row
 
 
 def arrivals(stream: Stream, seconds: float, seed: int) -> list[float]:
@@ -121,7 +113,7 @@ async def ask(
 
 async def run(
     server: Server, load: Load, long: Stream | None, options: dict[str, Any], run_number: int
-) -> tuple[Asked, Asked, float]:
+) -> tuple[list[Answer], list[Answer], float]:
     """Bystanders, long requests, and the seconds until the last of them was answered."""
     async with httpx.AsyncClient(
         base_url=f"http://{HOST}:{server.port}",
@@ -143,7 +135,7 @@ async def run(
         those = all_of(long, 2, options) if long else []
         answers = await asyncio.gather(*beside, *those)
         seconds = time.perf_counter() - start
-    return Asked(list(answers[: len(beside)])), Asked(list(answers[len(beside) :])), seconds
+    return answers[: len(beside)], answers[len(beside) :], seconds
 
 
 @contextmanager
@@ -159,7 +151,7 @@ def serving(load: Load, *flags: str) -> Iterator[Server]:
     with Server(os.path.relpath(RECALL_MODEL), [*common, *flags], log, env) as server:
         server.wait_until_ready()
         long = next(iter(load.long.values()))
-        warm = Load(2.0, load.bystanders, {}, load.blocks, 1)
+        warm = Load(2.0, load.bystanders, {}, load.blocks)
         asyncio.run(run(server, warm, Stream(1.0, long.prompt, 32), {}, run_number=99))
         yield server
     log.unlink()
@@ -184,20 +176,19 @@ def measure(
 ) -> Iterator[Row]:
     """Rows of one server: bystanders alone, then beside long requests, treated each way in turn."""
     beside, _, seconds = asyncio.run(run(server, load, None, {}, run_number=0))
-    yield {"server": name, "long requests": "none", **beside.columns("bystanders", seconds)}
+    yield {"server": name, "long requests": "none", **columns(beside, "bystanders", seconds)}
     for kind, stream in load.long.items():
-        for turn in range(load.turns):
-            for way, options in (ways or {"exact": {}}).items():
-                before = server.metrics()
-                beside, long, seconds = asyncio.run(run(server, load, stream, options, 10 + turn))
-                row: Row = {"server": name, "long requests": f"{kind}, {way}"}
-                row |= beside.columns("bystanders", seconds) | long.columns("long", seconds)
-                if ways:
-                    made = server.metrics().since(before)
-                    row["compactions"] = int(made.total("vllm:kv_compaction_compactions_total"))
-                    step = "vllm:kv_compaction_step_seconds"
-                    row["ms added to a step with fits, mean"] = 1000 * made.mean(step)
-                yield row
+        for way, options in (ways or {"exact": {}}).items():
+            before = server.metrics()
+            beside, long, seconds = asyncio.run(run(server, load, stream, options, run_number=10))
+            row: Row = {"server": name, "long requests": f"{kind}, {way}"}
+            row |= columns(beside, "bystanders", seconds) | columns(long, "long", seconds)
+            if ways:
+                made = server.metrics().since(before)
+                row["compactions"] = int(made.total("vllm:kv_compaction_compactions_total"))
+                step = "vllm:kv_compaction_step_seconds"
+                row["ms added to a step with fits, mean"] = 1000 * made.mean(step)
+            yield row
 
 
 def main(

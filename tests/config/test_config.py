@@ -255,8 +255,8 @@ def test_museum_10_defaults_are_pinned():
         "min_span_tokens": 256,  # ours
         "max_span_tokens": 16384,  # ours
         "merge_slots": None,  # ours: a token is compacted once, until the operator says otherwise
-        # Ours: 20 ms on a GPU, 50 ms on a CPU (benchmarks/results/neighbours.md); ten times as much
-        # while somebody waits for blocks.
+        # Ours: as long as the model's own steps, up to 20 ms on a GPU and 50 ms on a CPU
+        # (benchmarks/results/neighbours.md); ten times that bound while somebody waits for blocks.
         "step_ms": None,
         "pressed_step_ms": None,
     }

@@ -43,6 +43,11 @@ _OF_SOURCES = {
 }
 
 
+def _is_number(value: Any) -> bool:
+    """Not a bool, which Python takes for one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class CompactionConfig:
     """Options of KV compaction. Units and defaults are documented in the README's table."""
@@ -177,22 +182,14 @@ class CompactionConfig:
                 )
         for name, low, high in (("query_pool_share", 0.0, 1.0), ("heldout_share", 0.0, 0.5)):
             value = getattr(self, name)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not low <= value <= high
-            ):
+            if not _is_number(value) or not low <= value <= high:
                 raise CompactionConfigError(
                     f"--kv-compaction-config {name}={shown(value)}: expected a number in "
                     f"[{low:g}, {high:g}]"
                 )
         self._validate_step_times()
         bound = self.max_error
-        if bound is not None and (
-            not isinstance(bound, int | float)
-            or isinstance(bound, bool)
-            or not 0 < bound < math.inf
-        ):
+        if bound is not None and not (_is_number(bound) and 0 < bound < math.inf):
             raise CompactionConfigError(
                 f"--kv-compaction-config max_error={shown(bound)}: expected a relative error > 0 "
                 "such as 0.3, or null for no bound"
@@ -205,13 +202,10 @@ class CompactionConfig:
         self._validate_queries()
 
     def _validate_step_times(self) -> None:
+        """How long fits may take in a step."""
         for name in ("step_ms", "pressed_step_ms"):
             value = getattr(self, name)
-            if value is not None and (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not 0 < value < math.inf
-            ):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise CompactionConfigError(
                     f"--kv-compaction-config {name}={shown(value)}: expected milliseconds > 0, or "
                     "null for the default"

@@ -59,6 +59,7 @@ class EngineLimits:
     prefix_caching: bool = False
     """Whether vLLM caches exact prefixes."""
     device_type: str = "cuda"
+    """PyTorch's name of what the workers run on."""
     ranks: int = 1
     """Workers of one engine."""
     window_layers: bool = False
@@ -75,7 +76,7 @@ class EngineLimits:
         layers = full_layers(model.hf_text_config)
         config.check_heads(layers, model.get_total_num_kv_heads())
         block_size = vllm_config.cache_config.block_size
-        heads = model.get_num_attention_heads(parallel)
+        heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
         limits = cls(
             config=config,
             threshold=config.resolve_threshold(model.max_model_len, block_size),
@@ -83,8 +84,8 @@ class EngineLimits:
             max_model_len=model.max_model_len,
             # On average; a stage without any has nothing to do in the slices of the others.
             num_layers=max(1, len(layers) // parallel.pipeline_parallel_size),
-            kv_heads=model.get_num_kv_heads(parallel),
-            queries_per_kv=max(1, heads // model.get_num_kv_heads(parallel)),
+            kv_heads=kv_heads,
+            queries_per_kv=max(1, heads // kv_heads),
             head_size=model.get_head_size(),
             in_flight_tokens=vllm_config.max_in_flight_tokens,
             prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),

@@ -86,8 +86,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         step.fits.extend(self.compaction.jobs.slices())
         if self.compaction.jobs.all:
             step.fit_seconds = self.compaction.pace.step_seconds
-        if step.fits and self.compaction.pace.pressed:
-            self.compaction.journal.count(CompactionStats(pressed_steps=1))
+            if self.compaction.pace.pressed:
+                self.compaction.journal.count(CompactionStats(pressed_steps=1))
         self._holds_preemption = bool(self.compaction.jobs.all)
         self._held_preemption = False
         try:
