@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_am.calibration.allocate import shares
+from vllm_am.compact_document import NotCompacted, Role, compact_document
 from vllm_am.compaction import METHODS
 
 if TYPE_CHECKING:
@@ -117,6 +118,45 @@ def budgets(
     console.print(budgets_table(found))
     picture = plot_shares(out.with_suffix(".png"), found)
     console.print(f"wrote {out}" + (f" and {picture}" if picture else ""))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compact(
+    context: typer.Context,
+    document: Annotated[Path, typer.Argument(help="Text file.", exists=True, dir_okay=False)],
+    model: Annotated[str, typer.Option(help="Folder or name of a Hugging Face model.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write; its name is the prefix's.")
+    ] = Path("prefix.kv"),
+    ratio: Annotated[str, typer.Option(help="As --kv-compaction-ratio of the server.")] = "0.1",
+    role: Annotated[
+        Role,
+        typer.Option(
+            "--as",
+            help="Whose message it is in chats: 'user', with the question behind it in the same "
+            "message, or 'system'; 'raw': prompts begin with it.",
+        ),
+    ] = Role.USER,
+    salt: Annotated[str, typer.Option(help="Cache salt of the requests that it is for.")] = "",
+) -> None:
+    """Compact a document once, into a file that servers load: `--kv-compaction-preload FILE`.
+
+    Further arguments are those of `vllm serve`, and have to be the server's where they bear on the
+    model's numbers: --dtype, --quantization, --kv-compaction-config. The file holds the text.
+    """
+    with console.status(f"{document} is compacted …"):
+        try:
+            found = compact_document(
+                document.read_text(), model, ratio, out, role, salt or None, context.args
+            )
+        except (NotCompacted, ValueError, OSError) as error:
+            raise typer.BadParameter(str(error)) from None
+    megabytes = found["bytes"] / 1e6
+    console.print(
+        f"{out}: {found['tokens']:,} of {found['of']:,} tokens in {found['slots']:,} slots per "
+        f"head, {megabytes:.1f} MB",
+        highlight=False,
+    )
 
 
 @app.command()

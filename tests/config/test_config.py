@@ -126,6 +126,10 @@ FIELDS: dict[str, tuple[list, list, str]] = {
     "min_span_tokens": ([1, 1024], [0, -1, 1.5, "256", True, None], ">= 1"),
     "max_span_tokens": ([256, 4096], [0, -1, 1.5, "256", True, None], ">= 1"),
     "merge_slots": ([None, 1, 4096], [0, -1, 1.5, "4096", True], ">= 1"),
+    "preload": ([(), ("a.kv", "b.kv")], ["a.kv", 1, None, ("",), (1,)], "files"),
+    "load_any_options": ([False, True], [0, 1, "true", None], "true or false"),
+    "prefix_folder": ([None, "/var/prefixes"], ["", 1, True], "folder"),
+    "pinned_share": ([0, 0.25, 1], [-0.1, 1.1, "0.1", True, None, math.nan], "[0, 1]"),
     "step_ms": ([None, 0.5, 20], [0, -1, "20", True, math.nan, math.inf], "milliseconds > 0"),
     "pressed_step_ms": ([None, 200], [0, -1, "20", True, math.nan, math.inf], "milliseconds > 0"),
 }
@@ -222,6 +226,11 @@ def test_shortest_span_may_not_exceed_the_longest():
         CompactionConfig.from_dict({"min_span_tokens": 513, "max_span_tokens": 512})
 
 
+def test_files_without_a_cache():
+    with pytest.raises(CompactionConfigError, match="--kv-compaction-preload: has no effect"):
+        CompactionConfig.from_dict({"preload": ["a.kv"], "cache": "off"})
+
+
 def test_museum_10_defaults_are_pinned():
     """Row 10: a default that differs from the published one. A change here is a decision."""
     assert CompactionConfig().to_dict() == {
@@ -259,6 +268,11 @@ def test_museum_10_defaults_are_pinned():
         # (benchmarks/results/neighbours.md); ten times that bound while somebody waits for blocks.
         "step_ms": None,
         "pressed_step_ms": None,
+        # Ours: named prefixes are there when somebody has asked for them.
+        "preload": (),
+        "load_any_options": False,
+        "prefix_folder": None,
+        "pinned_share": 0.5,  # as much again is left for requests
     }
     assert DEFAULT_THRESHOLD_TOKENS == 4096
 

@@ -192,6 +192,7 @@ def make_world(
         queries={name: torch.zeros(POOL, KV_HEADS * GROUP, DIM) for name in LAYERS},
         fitting=SimpleNamespace(go_on=lambda seconds: ()),  # type: ignore[arg-type]
         runner=None,  # set below
+        parts=None,  # type: ignore[arg-type]
     )
     monkeypatch.setitem(worker_state._states, worker_state.engine_key(vllm_config), state)
     with set_current_vllm_config(vllm_config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ CASES: dict[str, tuple[dict, object]] = {
     "cache": (BASE, "off"),
 }
 
+#: What changes nothing until somebody asks for a named prefix, and the tests that do.
+ELSEWHERE = {
+    "preload": "test_named_prefixes.py",
+    "load_any_options": "test_named_prefixes.py",
+    "pinned_share": "test_named_prefixes.py",
+    "prefix_folder": "test_prefix_server.py",
+}
+
 
 def _served(model, options):
     """What compaction did with two long requests: every slice of work, every measured error."""
@@ -81,7 +90,9 @@ def question_files(tmp_path_factory):
 
 
 def test_every_option_has_a_case():
-    assert set(CASES) == {f.name for f in fields(CompactionConfig)}
+    assert set(CASES) | set(ELSEWHERE) == {f.name for f in fields(CompactionConfig)}
+    for name, file in ELSEWHERE.items():
+        assert f'"{name}"' in (Path(__file__).parent / file).read_text()
 
 
 @pytest.fixture(scope="module")

@@ -525,9 +525,9 @@ def test_no_fit_for_a_request_that_ends_before_it(tiny_model, force_async):
     with driver.start(tiny_model, {**QUARTER, "cache": "off"}, force_async=force_async) as engine:
         jobs = engine.scheduler.compaction.jobs
         for tokens in range(1, 7):
-            before, begun = engine.scheduler.compaction.journal.totals.compactions, jobs._next_id
+            before, first = engine.scheduler.compaction.journal.totals.compactions, jobs.next_id()
             engine.run([driver.Ask(driver.random_prompt(random.Random(tokens), 900), tokens)])
-            begun = jobs._next_id - begun
+            begun = jobs.next_id() - first - 1
             compactions[tokens] = engine.scheduler.compaction.journal.totals.compactions - before
             assert begun == compactions[tokens], "nothing is begun that is not used"
     least = min(tokens for tokens, found in compactions.items() if found)

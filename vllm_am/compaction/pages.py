@@ -11,13 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_am.compaction.accelerate import goes_to_kernel
-from vllm_am.compaction.compact import CompactedKV
 from vllm_am.compaction.streaming import to_device
+
+
+class HeadSlots(Protocol):
+    """What heads hold, as a fit leaves it: a ``CompactedKV``, or one that was read from a file."""
+
+    @property
+    def keys(self) -> Tensor:
+        """[H, t, D]; the first ``lengths[h]`` slots of each head count."""
+
+    @property
+    def values(self) -> Tensor:
+        """[H, t, D]."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[H, t] float32."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[H] int64."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ def read_segments(kv: PagedKV, page_ids: Tensor) -> tuple[Tensor, Tensor, Tensor
     return keys.masked_fill(unused, 0), values.masked_fill(unused, 0), bias
 
 
-def write_pages(kv: PagedKV, lists: Sequence[Tensor], compacted: CompactedKV) -> None:
+def write_pages(kv: PagedKV, lists: Sequence[Tensor], compacted: HeadSlots) -> None:
     """Write each head's compacted slots into its pages; slots left over get bias -inf.
 
     Args:

@@ -106,6 +106,14 @@ class CompactionConfig:
     """Whether compacted prefixes are kept for requests that begin with the same text: ``"on"``,
     ``"off"``, or ``"auto"``: where vLLM caches exact prefixes, and there is no ``merge_slots``.
     Their fits read no query from behind the span."""
+    preload: tuple[str, ...] = ()
+    """Files of compacted prefixes (``vllm-am compact``), which are loaded at startup and pinned."""
+    load_any_options: bool = False
+    """Load files that were compacted with other options than these (never of other models)."""
+    prefix_folder: str | None = None
+    """Where prefixes are saved to and loaded from over HTTP; None: they are not."""
+    pinned_share: float = 0.5
+    """Of the KV pool, what pinned prefixes may hold at most."""
     step_ms: float | None = None
     """What compaction may add to one engine step, in milliseconds; longer fits are spread over
     steps. None: as much as the model's own steps take, up to :data:`DEFAULT_STEP_MS`."""
@@ -144,8 +152,9 @@ class CompactionConfig:
             values["queries"] = parse_queries(values["queries"])
         if values.get("reference_prompts") is not None:
             values["reference_prompts"] = parse_reference_prompts(values["reference_prompts"])
-        if isinstance(values.get("starters"), list):
-            values["starters"] = tuple(values["starters"])
+        for name in ("starters", "preload"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         config = cls(**values)
         config._validate()
         return config
@@ -180,12 +189,13 @@ class CompactionConfig:
                     f"--kv-compaction-config {name}={shown(value)}: expected a whole number "
                     f">= {least}"
                 )
-        for name, low, high in (("query_pool_share", 0.0, 1.0), ("heldout_share", 0.0, 0.5)):
+        shares = {"query_pool_share": 1.0, "heldout_share": 0.5, "pinned_share": 1.0}
+        for name, high in shares.items():
             value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
+            if not _is_number(value) or not 0 <= value <= high:
                 raise CompactionConfigError(
                     f"--kv-compaction-config {name}={shown(value)}: expected a number in "
-                    f"[{low:g}, {high:g}]"
+                    f"[0, {high:g}]"
                 )
         self._validate_step_times()
         bound = self.max_error
@@ -199,7 +209,30 @@ class CompactionConfig:
                 f"--kv-compaction-config min_span_tokens={self.min_span_tokens}: must not exceed "
                 f"max_span_tokens={self.max_span_tokens}"
             )
+        self._validate_prefixes()
         self._validate_queries()
+
+    def _validate_prefixes(self) -> None:
+        """What is saved and loaded."""
+        paths = self.preload
+        if not isinstance(paths, tuple) or not all(isinstance(p, str) and p for p in paths):
+            raise CompactionConfigError(
+                f"--kv-compaction-preload={shown(paths)}: expected files of compacted prefixes"
+            )
+        if paths and self.cache == "off":
+            raise CompactionConfigError(
+                "--kv-compaction-preload: has no effect with --kv-compaction-cache off; drop one"
+            )
+        if not isinstance(self.load_any_options, bool):
+            raise CompactionConfigError(
+                f"--kv-compaction-config load_any_options={shown(self.load_any_options)}: expected "
+                "true or false"
+            )
+        folder = self.prefix_folder
+        if folder is not None and not (isinstance(folder, str) and folder):
+            raise CompactionConfigError(
+                f"--kv-compaction-config prefix_folder={shown(folder)}: expected a folder"
+            )
 
     def _validate_step_times(self) -> None:
         """How long fits may take in a step."""

@@ -149,6 +149,33 @@ class Attachment:
 
 
 @dataclass(frozen=True)
+class SavedPart:
+    """Each rank writes its heads of one part of a compacted prefix to a file of its own."""
+
+    transfer: str
+    name: str
+    """Of the part: see ``prefix_file.py``."""
+    path: str
+    """Of the file that it is a part of."""
+    segment_id: int | None
+    """Published; None: the protected tokens, which are exact."""
+    block_ids: tuple[int, ...]
+    """Of the protected tokens."""
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """Each rank reads its heads of one part of a saved prefix into blocks that nobody else has."""
+
+    transfer: str
+    name: str
+    path: str
+    segment_id: int | None
+    """What it is published as, unless a rank fails; None: the protected tokens."""
+    segment: Segment
+
+
+@dataclass(frozen=True)
 class SharedPrefix:
     """A reference pass starts behind a partly compacted sequence, whose segments it shares."""
 
@@ -178,6 +205,8 @@ class CompactionStep:
     dropped: list[int] = field(default_factory=list)
     """Published segments that nobody can attach to any more."""
     shared: list[SharedPrefix] = field(default_factory=list)
+    saved: list[SavedPart] = field(default_factory=list)
+    loaded: list[LoadedPart] = field(default_factory=list)
     fits: list[FitSlice] = field(default_factory=list)
     fit_seconds: float = 0.0
     """Time that this step has for fits, of this step and of earlier ones, where a worker can put
@@ -224,5 +253,15 @@ class FitReport:
     """Time the worker spent fitting."""
 
 
+@dataclass(frozen=True)
+class PartReport:
+    """A part of a prefix was saved or loaded, on every rank."""
+
+    transfer: str
+    name: str
+    failure: str | None
+    """None, or why some rank failed."""
+
+
 #: What the workers report.
-Report = FitReport | SliceReport | FitTime
+Report = FitReport | SliceReport | FitTime | PartReport

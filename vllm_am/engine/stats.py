@@ -36,6 +36,8 @@ class Holdings:
     """Blocks of theirs that a sequence stands on."""
     cache_blocks_free: int = 0
     """Blocks of theirs that the pool may hand out."""
+    cache_blocks_pinned: int = 0
+    """Blocks that named prefixes hold."""
 
 
 @dataclass
@@ -64,6 +66,8 @@ class CompactionStats:
     cache_hit_tokens: int = 0
     cache_adoptions: int = 0
     cache_evictions: int = 0
+    cache_loads: int = 0
+    """Prefixes that were read from files."""
     now: Holdings | None = None
     """Where it is not what the last report said."""
 
@@ -102,6 +106,7 @@ class CompactionStats:
             or self.cache_queries
             or self.cache_adoptions
             or self.cache_evictions
+            or self.cache_loads
             or self.now is not None
         )
 
@@ -125,6 +130,7 @@ class CompactionStats:
         self.cache_hit_tokens += other.cache_hit_tokens
         self.cache_adoptions += other.cache_adoptions
         self.cache_evictions += other.cache_evictions
+        self.cache_loads += other.cache_loads
         self.failures = dict(Tally(self.failures) + Tally(other.failures))
         self.now = self.now if other.now is None else other.now
 

@@ -52,6 +52,7 @@ def test_flags_are_a_group_of_their_own_with_help(parser):
         "--kv-compaction-ratio",
         "--kv-compaction-threshold",
         "--kv-compaction-cache",
+        "--kv-compaction-preload",
         "--kv-compaction-config",
     }
     help_of = {flag: action.help % vars(action) for flag, action in actions.items()}
@@ -77,6 +78,7 @@ def test_off_leaves_additional_config_alone(options, words):
         (["--kv-compaction-threshold", "2048"], {"threshold": 2048}),
         (["--kv-compaction-threshold", "80%"], {"threshold": "80%"}),
         (["--kv-compaction-cache", "on"], {"cache": "on"}),
+        (["--kv-compaction-preload", "a.kv", "b.kv"], {"preload": ("a.kv", "b.kv")}),
         (["--kv-compaction-config", '{"recent_tokens": 128}'], {"recent_tokens": 128}),
         (["--kv-compaction-config.recent_tokens", "128"], {"recent_tokens": 128}),
         (

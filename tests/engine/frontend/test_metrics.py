@@ -77,12 +77,12 @@ def test_every_series_exists_from_the_start(metrics, registry):
 def test_what_is_held_is_what_the_last_report_says(metrics, registry):
     series = metrics.CompactionMetrics(config(), [0])
     for now in (
-        metrics.Holdings(2, 1, 64, 4, 0.25, 3, 5, 1),
-        metrics.Holdings(1, 0, 32, 1, 0.125, 2, 0, 4),
+        metrics.Holdings(2, 1, 64, 4, 0.25, 3, 5, 1, 7),
+        metrics.Holdings(1, 0, 32, 1, 0.125, 2, 0, 4, 6),
     ):
         series.record(metrics.CompactionStats(now=now), 0)
     held = [value(registry, name) for name, _ in metrics._GAUGES.values()]
-    assert held == [1, 0, 32, 1, 0.125, 2, 0, 4]
+    assert held == [1, 0, 32, 1, 0.125, 2, 0, 4, 6]
     series.record(one(metrics), 0)
     assert value(registry, "sequences") == 1, "a report that says nothing new"
 

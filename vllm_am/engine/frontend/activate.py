@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_am.config import CONFIG_KEY, CompactionConfig
+from vllm_am.config import CONFIG_KEY, CompactionConfig, CompactionConfigError
 from vllm_am.engine import capabilities, versions
 from vllm_am.engine.classes import (
     PLATFORM_CLASSES,
@@ -29,8 +30,10 @@ from vllm_am.engine.classes import (
 from vllm_am.engine.families import is_proven
 from vllm_am.engine.frontend import marked_prefix, metrics, request_params
 from vllm_am.engine.frontend.reference_prompts import encode_reference_prompts
+from vllm_am.engine.identity import checked_file
 from vllm_am.engine.layers import FULL, full_layers, settle_windows
 from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.prefix_file import PrefixFileError
 from vllm_am.engine.rotation import queries_in_effect
 
 logger = init_logger("vllm.kv_compaction")
@@ -58,6 +61,7 @@ def activate(vllm_config: VllmConfig) -> None:
         )
     encode_reference_prompts(vllm_config)
     limits = EngineLimits.from_vllm_config(vllm_config)
+    check_preload(vllm_config, limits)
     # A plain scheduler under async scheduling would be wrong, and vLLM does not check.
     async_scheduling = bool(vllm_config.scheduler_config.async_scheduling)
     vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[async_scheduling]
@@ -70,6 +74,27 @@ def activate(vllm_config: VllmConfig) -> None:
     metrics.install()
     request_params.install()
     announce(vllm_config, limits)
+
+
+def check_preload(vllm_config: VllmConfig, limits: EngineLimits) -> None:
+    """Files of compacted prefixes are this model's, before anything is loaded.
+
+    Raises:
+        CompactionConfigError: naming the file, and what of it is wrong.
+    """
+    for path in limits.config.preload:
+        try:
+            file = checked_file(Path(path), vllm_config, limits, any_options=False)
+        except PrefixFileError as error:
+            raise CompactionConfigError(f"--kv-compaction-preload: {error}") from None
+        if file.header.ratio != limits.config.ratio:
+            logger.warning(
+                "KV compaction: %s was compacted to a ratio of %.4g, and --kv-compaction-ratio is "
+                "%.4g: only requests with that kv_compaction_ratio begin on it",
+                path,
+                file.header.ratio,
+                limits.config.ratio,
+            )
 
 
 def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:

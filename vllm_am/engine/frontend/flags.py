@@ -95,6 +95,14 @@ def add_flags(parser: Any) -> Any:
         "caches exact prefixes.",
     )
     group.add_argument(
+        "--kv-compaction-preload",
+        nargs="+",
+        default=None,
+        metavar="FILE",
+        help="Load compacted prefixes that `vllm-am compact` or a server has saved, and keep them "
+        "for requests that begin with their text.",
+    )
+    group.add_argument(
         "--kv-compaction-config",
         type=_json_object,
         default=None,
@@ -116,6 +124,7 @@ def options_from_args(args: argparse.Namespace) -> dict[str, Any] | None:
         "ratio": getattr(args, "kv_compaction_ratio", None),
         "threshold": getattr(args, "kv_compaction_threshold", None),
         "cache": getattr(args, "kv_compaction_cache", None),
+        "preload": getattr(args, "kv_compaction_preload", None),
     }
     more: dict[str, Any] | None = getattr(args, "kv_compaction_config", None)
     given = {name: value for name, value in named.items() if value is not None}

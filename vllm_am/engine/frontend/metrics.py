@@ -43,6 +43,7 @@ _GAUGES = {
         "cache_blocks_free",
         "KV blocks of compacted prefixes that nobody uses, so that the pool may hand them out.",
     ),
+    "cache_blocks_pinned": ("cache_blocks_pinned", "KV blocks that named prefixes hold."),
 }
 
 #: By field of ``CompactionStats``: help of its counter.
@@ -54,6 +55,7 @@ _COUNTERS = {
     "cache_hit_tokens": "Tokens that the compacted prefixes stood for.",
     "cache_adoptions": "Segments that running sequences took over in place of a fit.",
     "cache_evictions": "Compacted prefixes whose blocks were handed out to others.",
+    "cache_loads": "Compacted prefixes that were read from files.",
 }
 
 

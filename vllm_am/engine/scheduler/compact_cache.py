@@ -69,6 +69,8 @@ class Entry:
     before: tuple[KVCacheBlock, ...] = ()
     """Exact blocks in front of the first entry of a text, without which it is of no use."""
     chances: int = CHANCES
+    named: int = 0
+    """Names that it is pinned under, itself or as what others stand on."""
     children: dict[BlockHash, Entry] = field(default_factory=dict)
 
     @property
@@ -195,12 +197,30 @@ class CompactCache:
         siblings[key] = entry
         return entry
 
+    def same(self, parent: Entry | None, hashes: Sequence[BlockHash], segment: Segment) -> Entry:
+        """The entry of the same text, span and slots as a segment that was not published for it."""
+        key = self.key(parent, hashes, segment.start, segment.end, segment.slots)
+        assert key is not None
+        return self._children(parent)[key]
+
     def _children(self, parent: Entry | None) -> dict[BlockHash, Entry]:
         return self._roots if parent is None else parent.children
 
     def _file(self, block: KVCacheBlock, key: BlockHashWithGroupId, tokens: int = 0) -> None:
         block.set_block_hash(key, num_tokens=tokens)
         self._pool.cached_block_hash_to_block.insert(key, block)
+
+    def exact(self, hashes: Sequence[BlockHash], count: int) -> list[KVCacheBlock] | None:
+        """The first ``count`` blocks of a text, if all of them are cached as they are."""
+        found = [self._pool.get_cached_block(text, [self._group]) for text in hashes[:count]]
+        blocks = [cached[0] for cached in found if cached]
+        return blocks if len(blocks) == count else None
+
+    def file_exact(self, hashes: Sequence[BlockHash], blocks: Sequence[KVCacheBlock]) -> None:
+        """File a text's first blocks where vLLM finds them."""
+        for index, block in enumerate(blocks):
+            key = make_block_hash_with_group_id(hashes[index], self._group)
+            self._file(block, key, (index + 1) * self._block_size)
 
     # -- blocks that were computed behind an entry, over what it holds ---------------------------
 

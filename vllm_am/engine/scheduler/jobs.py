@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
@@ -71,7 +72,7 @@ class Jobs:
         self._config = limits.config
         self._blocks = blocks
         self._pool = pool
-        self._next_id = 0
+        self._ids = count()
         self._cancelled: list[int] = []
         self._sent: dict[tuple[int, bool, HeadRange], float] = {}
         """Slices that were not reported yet, and what they may take."""
@@ -104,6 +105,10 @@ class Jobs:
         """Blocks that compactions under way will give back."""
         return sum(len(job.source_block_ids) for job in self.all)
 
+    def next_id(self) -> int:
+        """What the next segment is known by, whoever writes it."""
+        return next(self._ids)
+
     def start(
         self,
         request: Request,
@@ -124,17 +129,17 @@ class Jobs:
         if not self._pool.can_hold(len(queries.slots)):
             return None
         reserve = self._blocks.reserve_merge if merges else self._blocks.reserve_target
-        reserved = reserve(self._next_id, span)
+        job_id = self.next_id()
+        reserved = reserve(job_id, span)
         if reserved is None:
             return None
         segment, source = reserved
         self._pool.forget(segment.block_ids)
         tokens = len(source) * self._limits.block_size
         work = self._pace.work(queries.positions, tokens, span.slots)
-        job = Job(self._next_id, request, segment, source, queries, work, merges, key)
+        job = Job(job_id, request, segment, source, queries, work, merges, key)
         job.wanted = span.wanted and key is not None
         self._pool.hold(queries.slots_read)
-        self._next_id += 1
         self.running[span.request_id] = job
         return job
 

@@ -5,7 +5,7 @@ Nothing else in this room logs or counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.metrics.stats import SchedulerStats
@@ -15,7 +15,9 @@ from vllm_am.engine.scheduler.query_sources import QUERIES_PER_SLOT
 from vllm_am.engine.stats import CompactionStats, Holdings
 
 if TYPE_CHECKING:
+    from vllm_am.engine.prefix_file import PrefixFile
     from vllm_am.engine.scheduler.jobs import Job
+    from vllm_am.engine.scheduler.named_prefixes import NamedPrefix
 
 logger = init_logger("vllm.kv_compaction")
 
@@ -218,6 +220,33 @@ class Journal:
             job.segment.slots,
             max_error,
             "tried again with twice as many" if again else "the sequence stays exact",
+        )
+
+    def prefix_pinned(self, prefix: NamedPrefix) -> None:
+        """A compacted prefix was given a name."""
+        logger.info(
+            "KV compaction: prefix %r: %d tokens are pinned (%d blocks)",
+            prefix.name,
+            len(prefix.token_ids),
+            len(prefix.blocks),
+        )
+
+    def prefix_dropped(self, name: str) -> None:
+        """And taken away again."""
+        logger.info("KV compaction: prefix %r: is pinned no more", name)
+
+    def prefix_loaded(self, file: PrefixFile, answer: dict[str, Any]) -> None:
+        """A file was read, or could not be."""
+        if "refused" in answer:
+            logger.error("KV compaction: a prefix was not loaded: %s", answer["says"])
+            return
+        self.count(CompactionStats(cache_loads=1))
+        logger.info(
+            "KV compaction: prefix %r: loaded from %s, %d tokens in %d blocks are pinned",
+            answer["name"],
+            file.path,
+            answer["tokens"],
+            answer["blocks"],
         )
 
     def refused(self, request_id: str, reason: str) -> None:

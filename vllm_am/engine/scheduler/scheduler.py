@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.outputs import RequestError
-from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -47,8 +47,10 @@ from vllm_am.engine.messages import (
     FitSlice,
     FitTime,
     OnPolicy,
+    PartReport,
     Segment,
 )
+from vllm_am.engine.scheduler import prefix_commands
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.planner import SequenceView, Span
 from vllm_am.engine.scheduler.reference_pass import ReferencePassMixin
@@ -73,11 +75,13 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.compaction = CompactionState.of(self)
+        prefix_commands.install()
 
     # -- one engine step ------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         step = CompactionStep()
+        self.compaction.commands.preload()
         self._settle_reported(step)
         self._time_steps()
         self.compaction.pace.pressed = self._somebody_waits()
@@ -107,7 +111,9 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         for report in getattr(model_runner_output, REPORTS_ATTRIBUTE, ()):
-            if isinstance(report, FitTime):
+            if isinstance(report, PartReport):
+                self.compaction.transfers.note(report)
+            elif isinstance(report, FitTime):
                 self._fit_seconds += report.seconds
                 self.compaction.journal.count(CompactionStats(step_seconds=[report.seconds]))
             else:
@@ -183,6 +189,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         step.attached = compaction.blocks.take_attached()
         step.dropped = compaction.blocks.cache.sweep()
         compaction.journal.evicted(len(step.dropped))
+        compaction.transfers.send(step)
         new = {new.req_id for new in output.scheduled_new_reqs}
         new |= set(output.scheduled_cached_reqs.resumed_req_ids)
         compaction.sharing.count(self.requests[r] for r in new - self.passes.keys())
@@ -385,12 +392,17 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         return can_be_freed
 
     def has_requests(self) -> bool:
-        """The engine goes on stepping for compactions whose requests have ended."""
-        return bool(self.compaction.jobs.detached) or bool(super().has_requests())
+        """The engine goes on stepping for compactions whose requests have ended, and for files."""
+        compaction = self.compaction
+        waits = compaction.jobs.detached or compaction.commands.waits
+        return bool(waits) or bool(super().has_requests())
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM wants all blocks free for it."""
         self.compaction.jobs.cancel_detached()
+        self.compaction.transfers.cancel_all()
+        for name in self.compaction.names.drop_all():
+            self.compaction.journal.prefix_dropped(name)
         return bool(super().reset_prefix_cache(*args, **kwargs))
 
     # -- metrics and checks ---------------------------------------------------------------------
@@ -413,7 +425,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         """
         deferred: deque[tuple[int, list[Any]]] = self.deferred_frees
         jobs = self.compaction.jobs.running
-        held = [blocks for study in self.studies.values() for blocks in study.windows]
+        held: list[Sequence[KVCacheBlock]] = [
+            blocks for study in self.studies.values() for blocks in study.windows
+        ]
+        held += [*self.compaction.names.held, *self.compaction.transfers.held]
         self.compaction.blocks.check([*(blocks for _, blocks in deferred), *held])
         self.compaction.query_pool.check()
         self.check_passes()

@@ -18,10 +18,8 @@ from vllm_am.engine.scheduler.sequences import Sequences
 class Sharing:
     """The use of the cache of compacted prefixes.
 
-    Only where a request would be compacted anyway: it never gets less than it would on its own.
-
-    Args:
-        protected_tokens: the exact prefix in front of every first entry, in whole blocks.
+    Only where a request would be compacted anyway, so that it never gets less than it would on its
+    own; or where somebody has given a prefix a name, which is to say that it is to be used.
     """
 
     def __init__(
@@ -30,13 +28,13 @@ class Sharing:
         blocks: CompactingManager,
         sequences: Sequences,
         journal: Journal,
-        protected_tokens: int,
     ) -> None:
         self._planner = planner
         self._blocks = blocks
         self._sequences = sequences
         self._journal = journal
-        self._protected = protected_tokens
+        most = blocks.max_admission_blocks_per_request or 0
+        self._spare_blocks = max(0, planner.blocks_for_one - most)
 
     # -- new requests ---------------------------------------------------------------------------
 
@@ -52,19 +50,22 @@ class Sharing:
         """
         self._blocks.begin_on(request.request_id, ())
         size = self._blocks.block_size
-        first = self._protected // size
         options = self._sequences.options(request)
-        if not options.cache or len(exact) < first:
+        if not options.cache:
             return None
         most = request.num_tokens - 1  # the last one is computed, for its logits
         limit = options.threshold_tokens
-        # One that stays below the threshold would never be compacted.
-        if limit is not None and request.num_tokens <= limit:
-            return None
         chain = self._blocks.cache.chain(request.block_hashes, most, self._slots_of(options.ratio))
-        while not self._may_stand_on(chain, options.ratio):
+        # One that stays below the threshold would never be compacted.
+        short = limit is not None and request.num_tokens <= limit
+        while chain and (
+            not self._may_stand_on(chain, options.ratio) or (short and not chain[-1].named)
+        ):
             chain = chain[:-1]
         if not chain:
+            return None
+        first = chain[0].segment.start // size
+        if len(exact) < first:
             return None
         end = chain[-1].segment.end
         # By the share of the pool that is in use, nothing need be compacted that is there.
@@ -160,13 +161,20 @@ class Sharing:
     def _may_stand_on(self, chain: Sequence[Entry], ratio: float) -> bool:
         """Whether a chain takes no more blocks than any sequence of its length is counted with.
 
-        Others may have cut the same text into shorter spans, each of which fills up a block.
+        Others may have cut the same text into shorter spans, each of which fills up a block; and
+        what was saved by other ranks may divide worse among these. Such a sequence can do with what
+        the pool has beyond the largest one.
         """
-        if len(chain) < 2:
+        worse = 0
+        for entry in chain:
+            tokens = entry.segment.end - entry.segment.start
+            worse += max(0, len(entry.blocks) - self._planner.span_blocks(tokens, ratio))
+        if len(chain) < 2 and not worse:
             return True
         tokens = chain[-1].segment.end - chain[0].segment.start
         blocks = sum(len(entry.blocks) for entry in chain)
-        return blocks <= self._planner.compacted_blocks(tokens, ratio)
+        counted = self._planner.compacted_blocks(tokens, ratio)
+        return blocks <= counted + min(worse, self._spare_blocks)
 
     def _slots_of(self, ratio: float) -> Callable[[int], int]:
         return lambda tokens: self._planner.span_slots(tokens, ratio)

@@ -15,12 +15,15 @@ from vllm_am.engine.scheduler.commit import Commits
 from vllm_am.engine.scheduler.give_up import Failures
 from vllm_am.engine.scheduler.jobs import Jobs
 from vllm_am.engine.scheduler.journal import Journal
+from vllm_am.engine.scheduler.named_prefixes import NamedPrefixes
 from vllm_am.engine.scheduler.pace import Pace
 from vllm_am.engine.scheduler.planner import Planner
+from vllm_am.engine.scheduler.prefix_commands import PrefixCommands
 from vllm_am.engine.scheduler.query_pool import QueryPool
 from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
 from vllm_am.engine.scheduler.sequences import Sequences
 from vllm_am.engine.scheduler.sharing import Sharing
+from vllm_am.engine.scheduler.transfers import Transfers
 from vllm_am.engine.stats import Holdings
 
 
@@ -41,6 +44,9 @@ class CompactionState:
     commits: Commits
     failures: Failures
     journal: Journal
+    names: NamedPrefixes
+    transfers: Transfers
+    commands: PrefixCommands
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> CompactionState:
@@ -67,6 +73,12 @@ class CompactionState:
         journal = Journal(collected=scheduler.log_stats)
         queries = ReferenceQueries(limits, blocks, query_pool)
         sequences = Sequences(limits, planner, blocks, draft_tokens=scheduler.num_spec_tokens)
+        jobs = Jobs(limits, blocks, query_pool, pace)
+        names = NamedPrefixes(blocks, planner, limits.config.pinned_share)
+        transfers = Transfers(blocks, names, query_pool, jobs.next_id)
+        commands = PrefixCommands(
+            scheduler.vllm_config, limits, planner, blocks, jobs, names, transfers, journal
+        )
         return cls(
             config=limits.config,
             limits=limits,
@@ -75,12 +87,15 @@ class CompactionState:
             query_pool=query_pool,
             queries=queries,
             sequences=sequences,
-            sharing=Sharing(planner, blocks, sequences, journal, limits.protected_tokens),
-            jobs=Jobs(limits, blocks, query_pool, pace),
+            sharing=Sharing(planner, blocks, sequences, journal),
+            jobs=jobs,
             pace=pace,
             commits=Commits(blocks, queries, journal),
             failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
             journal=journal,
+            names=names,
+            transfers=transfers,
+            commands=commands,
         )
 
     def holdings(self) -> Holdings:
@@ -101,6 +116,7 @@ class CompactionState:
             cache_entries=len(cached),
             cache_blocks_used=sum(ours),
             cache_blocks_free=len(ours) - sum(ours),
+            cache_blocks_pinned=self.names.block_count,
         )
 
 

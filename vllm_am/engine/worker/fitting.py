@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from vllm_am.compaction import METHODS, FitError, compact, evaluate_fit
@@ -41,6 +40,7 @@ from vllm_am.engine.messages import (
     SliceReport,
 )
 from vllm_am.engine.worker.head_queries import head_queries
+from vllm_am.engine.worker.ranks import summed_over_ranks
 from vllm_am.engine.worker.rotary import Rotary
 from vllm_am.engine.worker.stopwatch import Stopwatch
 
@@ -432,10 +432,7 @@ class Fitting:
         if progress.errors:
             errors = torch.stack(progress.errors).sum(dim=0).tolist()
         sums = [*errors, float(progress.heads)]
-        total = torch.tensor(votes + sums, dtype=torch.float64)
-        for group in (get_tp_group(), get_pp_group()):
-            if group.world_size > 1:
-                torch.distributed.all_reduce(total, group=group.cpu_group)
+        total = summed_over_ranks(torch.tensor(votes + sums, dtype=torch.float64))
         *votes, output_error, mass_error, heads = total.tolist()
         failure = next((r for r, v in zip(FAILURES, votes, strict=True) if v > 0), None)
         output_error /= max(heads, 1.0)

@@ -7,7 +7,7 @@ with nothing but the configuration.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,7 @@ from vllm_am.engine.messages import (
 )
 from vllm_am.engine.spec import CompactableAttentionSpec
 from vllm_am.engine.worker.fitting import Fitting
+from vllm_am.engine.worker.prefix_parts import PrefixParts
 from vllm_am.engine.worker.rotary import rotaries
 
 logger = init_logger("vllm.kv_compaction")
@@ -153,6 +154,8 @@ class WorkerState:
     fitting: Fitting
     runner: Any
     """vLLM's model runner, which knows which request is in which row of the batch."""
+    parts: PrefixParts
+    """Writes published segments to files, and reads them again."""
     group: int = 0
     """vLLM's KV cache group of these layers."""
     groups: int = 1
@@ -219,7 +222,9 @@ class WorkerState:
             fit_bytes(kv.pages.device) // FIT_TEMPORARIES,
             aside=aside,
         )
-        state = cls(limits, layers, kv, queries, fitting, runner, group, len(groups))
+        names = tuple(head_names(list(layers), vllm_config))
+        parts = PrefixParts(kv, names, torch.distributed.get_rank())
+        state = cls(limits, layers, kv, queries, fitting, runner, parts, group, len(groups))
         _states[engine_key(vllm_config)] = state
         return state
 
@@ -279,6 +284,7 @@ class WorkerState:
             self._attach(attachment)
         for segment_id in step.dropped:
             del self.published[segment_id]
+        reports = list(self._transfer(step))
         for shared in step.shared:
             self.sequences[shared.request_id] = self.sequences[shared.parent_id]
         for fit in self.fits_on_policy:
@@ -286,7 +292,18 @@ class WorkerState:
         for fit in step.fits:
             if fit.on_policy is None:
                 self.fitting.take_on(fit, self._source_pages(fit))
-        return list(self.fitting.go_on(step.fit_seconds))
+        return [*reports, *self.fitting.go_on(step.fit_seconds)]
+
+    def _transfer(self, step: CompactionStep) -> Iterator[Report]:
+        """Save and load parts of prefixes."""
+        for saved in step.saved:
+            lists = None if saved.segment_id is None else self.published[saved.segment_id][1]
+            yield self.parts.save(saved, lists)
+        for loaded in step.loaded:
+            lists, report = self.parts.load(loaded)
+            if lists is not None and loaded.segment_id is not None:
+                self.published[loaded.segment_id] = loaded.segment, lists
+            yield report
 
     def _source_pages(self, fit: FitSlice) -> torch.Tensor:
         """int64 [heads, n] on the CPU: the pages a fit reads, -1 behind the end of a head's."""
