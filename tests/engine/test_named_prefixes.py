@@ -350,3 +350,69 @@ def test_a_folder_that_cannot_be_written(tiny_model, tmp_path):
         settle(engine)
         assert ask(engine, "drop", name="contract")["tokens"] == TOKENS
         assert engine.used_blocks == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blocks", "force_async"), [(97, False), (81, True)], ids=["sync", "async"]
+)
+def test_everything_at_once_adds_up(tiny_model, tmp_path, blocks, force_async):
+    """Names, files and resets in the middle of serving, aborts, a pool that evicts: every reference
+    is accounted for in every step, no pinned page changes, exact answers are stock vLLM's."""
+    rng = random.Random(blocks)
+    documents = [random_prompt(rng, rng.randrange(300, 480)) for _ in range(3)]
+    asks = []
+    for index in range(40):
+        own = random_prompt(rng, rng.randrange(20, 60))
+        extra = rng.choice([None, None, None, {"kv_compaction": "off"}])
+        aborted = index // 2 + 8 if index % 7 == 3 else None
+        asks.append(
+            Ask((*rng.choice(documents), *own), rng.randrange(4, 30), extra, index // 2, aborted)
+        )
+    sizes = {"num_gpu_blocks_override": blocks, "max_model_len": 1024}
+    exact = {str(i) for i, a in enumerate(asks) if a.extra_args and not a.aborted}
+    with driver.start(tiny_model, max_model_len=1024) as engine:
+        stock = engine.run(asks)
+    answers, waiting, sums = [], [], {}
+
+    def act(engine, step):
+        commands, number = engine.core.kv_compaction_prefixes, rng.randrange(3)
+        name = {"name": f"name-{number}"}
+        path = {"path": str(tmp_path / f"{number}.kv")}
+        action = rng.choice(["pin", "pin", "drop", "save", "load", "list"])
+        if action == "load" or (action == "drop" and rng.random() < 0.5):
+            name = {"name": f"loaded-{number}"}
+        if step % 60 == 59:
+            engine.core.reset_prefix_cache()
+        if action == "pin":
+            text = {"token_ids": list(documents[number]), "salt": None, "ratio": None}
+            waiting.append((action, commands(action, {**name, **text, "end": 128})))
+        elif action in ("save", "load"):
+            waiting.append((action, commands(action, {**name, **path})))
+        elif action:
+            waiting.append((action, commands(action, name if action == "drop" else {})))
+        for done in [w for w in waiting if not isinstance(w[1], Future) or w[1].done()]:
+            waiting.remove(done)
+            answer = done[1].result() if isinstance(done[1], Future) else done[1]
+            answers.append((done[0], "refused" not in answer and "reached" not in answer))
+        state = engine.worker._compaction
+        for prefix in engine.scheduler.compaction.names:
+            for entry in prefix.chain:
+                pages = torch.cat(state.published[entry.segment_id][1])
+                now = float(state.kv.pages[pages].double().sum())
+                assert sums.setdefault(entry.segment_id, now) == now, "a pinned page has changed"
+
+    options = {**OPTIONS, "threshold": 160}
+    with driver.start(tiny_model, options, force_async, **sizes) as engine:
+        engine.before_step = act
+        outputs = engine.run(asks)
+        settle(engine)
+        assert {name: outputs[name] for name in exact} == {name: stock[name] for name in exact}
+        assert {action for action, done in answers if done} == {
+            *("pin", "drop", "save", "load", "list")
+        }, answers
+        assert engine.used_blocks == engine.scheduler.compaction.names.block_count
+        for name in [prefix.name for prefix in engine.scheduler.compaction.names]:
+            ask(engine, "drop", name=name)
+        assert engine.used_blocks == 0
+    assert sums and not list(tmp_path.glob(".*"))

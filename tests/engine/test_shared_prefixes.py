@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.engine import driver
 from tests.engine.driver import BLOCK, Ask, random_prompt
@@ -435,3 +438,58 @@ def test_everything_at_once_adds_up(tiny_model, blocks, force_async):
         engine.scheduler.compaction.blocks.cache.sweep(now=True)
         assert not list(engine.scheduler.compaction.blocks.cache.entries())
     assert sums
+
+
+def make_adapter(model: Path, folder: Path, seed: int) -> Path:
+    """A LoRA adapter that changes what the tiny model says."""
+    config = json.loads((model / "config.json").read_text())
+    width, rank = config["hidden_size"], 8
+    heads = config["num_attention_heads"] * config["head_dim"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(heads, rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    return folder
+
+
+@pytest.mark.slow
+def test_adapters_are_kept_apart(tiny_model, tmp_path):
+    """The same text under another adapter is another prefix; under the same one it is the same."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapters = [None] + [
+        LoRARequest(f"a{i}", i, str(make_adapter(tiny_model, tmp_path / f"a{i}", i)))
+        for i in (1, 2)
+    ]
+    asks = questions(random.Random(30), 2)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
+
+    def served(engine):
+        return [
+            engine.llm.generate(
+                [{"prompt_token_ids": list(ask.prompt)}],
+                params,
+                lora_request=adapter,
+                use_tqdm=False,
+            )[0]
+            .outputs[0]
+            .token_ids
+            for ask in asks
+            for adapter in adapters
+        ]
+
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    with driver.start(tiny_model, **options) as engine:
+        stock = served(engine)
+    assert len(set(map(tuple, stock[:3]))) == 3, "the adapters change nothing"
+    with driver.start(tiny_model, EXACT, **options) as engine:
+        assert served(engine) == stock
+        assert engine.totals.compactions == 3
+        assert engine.totals.cache_hits == 3
