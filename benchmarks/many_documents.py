@@ -1,18 +1,20 @@
 """Questions about the same documents: shared compactions against stock vLLM's prefix caching.
 
-    python -m benchmarks.many_documents [one] [many] [answers]
+    python -m benchmarks.many_documents [one] [many] [answers] [saved]
 
 ``one``: twelve questions about one document one after the other, and eight at once: compactions,
 CPU time of a later question, blocks in use. ``many``: ten questions about each of up to 40
 documents in random order, and a pool for six whole ones: stock vLLM keeps some of them and reads
 the others again, compacted ones all fit. ``answers``: right answers on compactions of others
-against those on the sequence's own. Each runs ``vllm serve`` on the same requests, one set-up after
-the other.
+against those on the sequence's own. ``saved``: the first token of the first question about a
+document, in a new server that has loaded it, and in one that has to read it. Each runs
+``vllm serve`` on the same requests, one set-up after the other.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import random
@@ -27,7 +29,8 @@ from enum import StrEnum
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from tempfile import gettempdir
+from statistics import median
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Annotated
 
 import psutil
@@ -49,6 +52,8 @@ AT_ONCE = 8
 WHOLE = math.ceil((TOKENS + 100) / BLOCK_SIZE)
 #: Whole documents that the small pool holds.
 POOL_DOCUMENTS = 6
+#: Where operators name, save and drop prefixes.
+PREFIXES = "/v1/kv_compaction/prefixes"
 #: Seconds between two looks at the pool.
 LOOK_SECONDS = 0.02
 #: For compactions that go on for others when the last answer is there.
@@ -84,6 +89,7 @@ class Size:
     questions: int = 10
     answered_documents: int = 12
     answered_questions: int = 20
+    saved: int = 6
     ratios: tuple[float, ...] = (0.1, 0.05, 0.02)
 
 
@@ -96,6 +102,7 @@ SMOKE = Size(
     questions=2,
     answered_documents=1,
     answered_questions=4,
+    saved=1,
     ratios=(0.05,),
 )
 
@@ -113,17 +120,22 @@ def serving(
         *("--num-gpu-blocks-override", str(blocks + 1)),
         *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
     ]
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "vllm_am"}
     with Server(os.path.relpath(RECALL_MODEL), flags, log, env) as server:
         server.wait_until_ready()
         yield server
     log.unlink()
 
 
+def messages_of(task: Task) -> list[dict[str, str]]:
+    """A document with a question behind it."""
+    return messages(task.document, task.question)
+
+
 def ask(server: Server, task: Task, mode: Mode | None = None, **options: str) -> Completion:
     """Put one question."""
     return server.chat(
-        messages(task.document, task.question),
+        messages_of(task),
         max_tokens=MAX_ANSWER_TOKENS,
         options={**(mode.options if mode else {}), **options},
         cache_salt=mode.name if mode else None,
@@ -293,6 +305,51 @@ def answers(size: Size) -> Iterator[Row]:
                 }
 
 
+# -- saved prefixes -------------------------------------------------------------------------------
+
+
+def saved_prefixes(size: Size) -> Iterator[Row]:
+    """Time to the first token of a question about a document that the server has not seen."""
+    warm, *documents = make_tasks(1 + size.saved, size.tokens, Density.SPARSE, 1)
+    blocks = (size.saved + 2) * WHOLE
+    with TemporaryDirectory() as folder:
+        files = []
+        config = ("--kv-compaction-config", json.dumps({"prefix_folder": folder}))
+        with serving(Setup.SHARED, blocks, config=config) as server:
+            for number, task in enumerate(documents):
+                name = f"document-{number}"
+                messages = [{"role": "user", "content": task.document.text}]
+                server.post(PREFIXES, {"name": name, "messages": messages})
+                files.append(server.post(f"{PREFIXES}/{name}/save", {})["file"])
+                server.delete(f"{PREFIXES}/{name}")
+        read: list[float] = []
+        for setup in (Setup.STOCK, Setup.SHARED):
+            loaded = ("--kv-compaction-preload", *files) if setup is Setup.SHARED else ()
+            with serving(setup, blocks, config=loaded) as server:
+                ask(server, warm)
+                before = server.metrics()
+                seconds, answers = [], []
+                for task in documents:
+                    started = time.perf_counter()
+                    server.chat(messages_of(task), max_tokens=1)
+                    seconds.append(time.perf_counter() - started)
+                    answers.append(ask(server, task))
+                gained = server.metrics().since(before)
+            read = read or seconds
+            yield {
+                "server": setup.value if setup is Setup.STOCK else "compaction, loaded",
+                "documents": len(documents),
+                "median first token, ms": 1e3 * median(seconds),
+                "of stock's": median(seconds) / median(read),
+                "prompt tokens computed": gained.total("vllm:prompt_tokens_total")
+                - gained.total("vllm:prefix_cache_hits_total"),
+                "MB of each file": 0.0
+                if setup is Setup.STOCK
+                else median(os.path.getsize(file) for file in files) / 1e6,
+                "right": right(documents, answers),
+            }
+
+
 def reports(size: Size) -> dict[str, Report]:
     """The tables by what is measured."""
     cpu = "CPU build, bundled model, 20x where nothing else is said; blocks of 32 tokens."
@@ -322,12 +379,21 @@ def reports(size: Size) -> dict[str, Report]:
                 "of the document alone. Whole fits in one step (step_ms 1e6).",
             ],
         ),
+        "saved": Report(
+            "many_documents_saved",
+            "The first question about a saved document",
+            saved_prefixes(size),
+            [
+                f"{cpu} Documents of about {size.tokens} tokens, one question each, one after the "
+                "other; what a document's own question adds is computed by both.",
+            ],
+        ),
     }
 
 
 def main(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="one, many, answers; default: all.")
+        list[str] | None, typer.Argument(help="one, many, answers, saved; default: all.")
     ] = None,
     out: Folder = None,
     record: Record = False,

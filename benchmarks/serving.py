@@ -239,6 +239,19 @@ class Server:
             reply["usage"]["completion_tokens"],
         )
 
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """What another endpoint answers.
+
+        Raises:
+            ServerError: the request was refused, or the server died over it.
+        """
+        found: dict[str, Any] = self._request("POST", path, json=body).json()
+        return found
+
+    def delete(self, path: str) -> None:
+        """Have something deleted; the same errors."""
+        self._request("DELETE", path)
+
     def metrics(self) -> Metrics:
         """Read ``/metrics``."""
         return Metrics.parse(self._request("GET", "/metrics").text)

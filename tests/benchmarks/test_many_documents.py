@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 def test_it_runs(tmp_path):
     subprocess.run(
         [
-            *(sys.executable, "-m", "benchmarks.many_documents", "many", "answers"),
+            *(sys.executable, "-m", "benchmarks.many_documents", "many", "answers", "saved"),
             *("--smoke", "--out", str(tmp_path)),
         ],
         cwd=ROOT,
@@ -32,3 +32,7 @@ def test_it_runs(tmp_path):
         full, own, others = csv.DictReader(file)
     assert int(own["compactions"]) > 1 and int(others["compactions"]) == 1
     assert float(full["right"]) == 1.0 and float(others["right"]) >= 0.75
+    with (tmp_path / "many_documents_saved.csv").open(newline="") as file:
+        read, loaded = csv.DictReader(file)
+    assert float(loaded["prompt tokens computed"]) < float(read["prompt tokens computed"]) / 4
+    assert float(loaded["right"]) == 1.0
