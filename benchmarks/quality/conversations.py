@@ -21,18 +21,15 @@ Kinds of questions:
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from pathlib import Path
 
-from benchmarks.recall import world
 from benchmarks.recall.documents import Question, Role, Word, make_document
-
-RECALL_MODEL = Path(__file__).parents[1] / "recall" / "model"
+from benchmarks.recall.recipe import BUNDLED, Recipe
+from benchmarks.recall.world import Attribute, World
 
 RECALL, RESTATED, TALLY = "recall", "restated", "tally"
 KINDS = (RECALL, RESTATED, TALLY)
@@ -110,13 +107,6 @@ class Grade:
     nll: float
 
 
-def vocabulary() -> dict[str, int]:
-    """Word to id of the bundled model."""
-    tokenizer = json.loads((RECALL_MODEL / "tokenizer.json").read_text())
-    words: dict[str, int] = tokenizer["model"]["vocab"]
-    return words
-
-
 def make_conversations(
     seed: int,
     tokens: int,
@@ -125,6 +115,7 @@ def make_conversations(
     recall: int = 14,
     restated: int = 6,
     tally: int = 3,
+    recipe: Recipe = BUNDLED,
 ) -> list[Conversation]:
     """The conversations about the held-out document of this seed.
 
@@ -133,12 +124,13 @@ def make_conversations(
         density: "sparse" or "dense" in facts.
         recall, restated, tally: questions of each kind, at most. Sentences that restate a fact
             cannot be asked for within a prompt: their value would come at once.
+        recipe: of the model that reads it.
     """
-    document = make_document(seed, tokens, density)
+    document = make_document(seed, tokens, density, recipe.world)
     facts = [q for q in document.questions if q.kind == "recall"]
     votes = [q for q in document.questions if q.kind == "tally"]
     asked = facts[:recall] + votes[:tally]
-    ids = vocabulary()
+    ids = recipe.vocabulary
     plain = Role.PLAIN
     opening: list[Word] = [("<|im_start|>", plain), ("user", plain), *document.words]
     if mode is Mode.IN_PROMPT:
@@ -147,7 +139,7 @@ def make_conversations(
         ]
     retold = facts[recall : recall + restated]
     rng = random.Random(f"restated-{density}-{tokens}-{seed}")
-    pieces = [(RESTATED, _restate(rng, question)) for question in retold]
+    pieces = [(RESTATED, _restate(rng, question, recipe.world)) for question in retold]
     for number, question in enumerate(asked):
         user: list[Word] = [("<|im_start|>", plain), ("user", plain)] if number else []
         pieces.append(("", [*user, *question_turn(question)]))
@@ -160,18 +152,18 @@ def question_turn(question: Question) -> list[Word]:
     return _turn(question.question_words)
 
 
-def paraphrased_turn(question: Question) -> list[Word]:
+def paraphrased_turn(question: Question, world: World) -> list[Word]:
     """The same in other words than the question has."""
     asked = " ".join(word for word, _ in question.question_words)
     if question.kind == TALLY:
         person = next(
             " ".join(pair)
             for pair in pairwise(word for word, _ in question.answer_words)
-            if pair[0] in world.FIRST_NAMES
+            if pair[0] in world.first_names
         )
-        templates: tuple[str, ...] = world.VOTE_QUESTIONS
+        templates: tuple[str, ...] = world.vote_questions
     else:
-        attribute, person = _fact(question)
+        attribute, person = _fact(question, world)
         templates = attribute.questions
     others = (t.replace("{P}", person) for t in templates)
     other = next(text for text in others if text != asked)
@@ -206,10 +198,10 @@ def _answer(question: Question) -> list[Word]:
     return [*question.answer_words, ("<|im_end|>", Role.ANSWER)]
 
 
-def _restate(rng: random.Random, question: Question) -> list[Word]:
+def _restate(rng: random.Random, question: Question, world: World) -> list[Word]:
     """A sentence that tells the fact of a question again, not in the words of its answer."""
-    attribute, person = _fact(question)
-    prefix = rng.choice([p for p in world.RESTATE_PREFIXES if p])
+    attribute, person = _fact(question, world)
+    prefix = rng.choice([p for p in world.restate_prefixes if p])
     sentence = f"{prefix} {rng.choice(attribute.statements)}".replace("{P}", person)
     words: list[Word] = []
     for part in sentence.split():
@@ -221,13 +213,15 @@ def _restate(rng: random.Random, question: Question) -> list[Word]:
     return [(first[0].upper() + first[1:], role), *words[1:]]
 
 
-def _fact(question: Question) -> tuple[world.Attribute, str]:
+def _fact(question: Question, world: World) -> tuple[Attribute, str]:
     """What a question about a fact is about, and whom."""
     answer = [word for word, _ in question.answer_words]
-    person = " ".join(answer[:2])
-    for attribute in world.ATTRIBUTES:
+    for attribute in world.attributes:
+        # Where the person stands in an answer: two words.
+        start = attribute.answer.split().index("{P}")
+        person = " ".join(answer[start : start + 2])
         told = attribute.answer.replace("{P}", person).replace("{V}", question.value)
-        if told.split() == answer:
+        if told[:1].upper() + told[1:] == " ".join(answer):
             return attribute, person
     raise ValueError(f"no relation is answered by {' '.join(answer)!r}")
 

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.quality.conversations import paraphrased_turn, question_turn, vocabulary
+from benchmarks.quality.conversations import paraphrased_turn, question_turn
 from benchmarks.quality.forward import Forward, Prefix, extend, generate
 from benchmarks.recall.documents import make_document
 from benchmarks.recall.model import RecallModel
+from benchmarks.recall.recipe import BUNDLED, Recipe
 from vllm_am.compaction.rotate_queries import distances_behind, rotate_queries
 
 #: Conversations that ``prompts`` and ``self-study`` consist of.
@@ -63,6 +64,7 @@ class QuerySources:
     reading: Forward
     prefix: Prefix
     prompt: Tensor
+    recipe: Recipe = BUNDLED
     _found: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, source: Queries, limit: int) -> Tensor:
@@ -119,9 +121,9 @@ def _repeat_prefill(sources: QuerySources) -> Tensor:
 
 
 def _prompts(sources: QuerySources) -> Tensor:
-    words = vocabulary()
+    words = sources.recipe.vocabulary
     questions = make_document(
-        PROMPT_SEED + sources.seed, tokens=4000, density=sources.density
+        PROMPT_SEED + sources.seed, 4000, sources.density, sources.recipe.world
     ).questions[:CONVERSATIONS]
     turns = [[words[word] for word, _ in question_turn(question)] for question in questions]
     return _answered(sources, turns)
@@ -129,7 +131,7 @@ def _prompts(sources: QuerySources) -> Tensor:
 
 def _self_study(sources: QuerySources) -> Tensor:
     """The turn after the document is the user's; what the model samples there are questions."""
-    words = vocabulary()
+    words = sources.recipe.vocabulary
     end = words["<|im_end|>"]
     user = [end, words["<|im_start|>"], words["user"]]
     asked = generate(
@@ -147,9 +149,11 @@ def _self_study(sources: QuerySources) -> Tensor:
 
 
 def _paraphrases(sources: QuerySources) -> Tensor:
-    words = vocabulary()
-    questions = make_document(sources.seed, sources.tokens, sources.density).questions
-    turns = [[words[word] for word, _ in paraphrased_turn(question)] for question in questions]
+    words = sources.recipe.vocabulary
+    world = sources.recipe.world
+    questions = make_document(sources.seed, sources.tokens, sources.density, world).questions
+    others = [paraphrased_turn(question, world) for question in questions]
+    turns = [[words[word] for word, _ in turn] for turn in others]
     return _answered(sources, turns)
 
 
@@ -167,7 +171,7 @@ def _random(sources: QuerySources) -> Tensor:
 
 def _answered(sources: QuerySources, turns: list[list[int]]) -> Tensor:
     """Queries of question turns and of the model's greedy answers to them."""
-    end = vocabulary()["<|im_end|>"]
+    end = sources.recipe.vocabulary["<|im_end|>"]
     parts = []
     for length in sorted({len(turn) for turn in turns}):
         starts = torch.tensor([turn for turn in turns if len(turn) == length])

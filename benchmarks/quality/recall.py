@@ -27,7 +27,6 @@ from benchmarks.machine import commit, machine_line
 from benchmarks.quality import engine_backend, tensor_backend
 from benchmarks.quality.conversations import (
     RECALL,
-    RECALL_MODEL,
     RESTATED,
     TALLY,
     Conversation,
@@ -47,6 +46,7 @@ from benchmarks.quality.results import (
     write_markdown,
     write_plot,
 )
+from benchmarks.recall.recipe import RECIPES
 from vllm_am.compaction import FitError
 from vllm_am.config import parse_ratio
 
@@ -62,6 +62,13 @@ class Backend(StrEnum):
 
     TENSOR = "tensor"
     ENGINE = "engine"
+
+
+class Model(StrEnum):
+    """Who reads and answers: ``benchmarks.recall.recipe``."""
+
+    BUNDLED = "bundled"
+    VALIDATION = "validation"
 
 
 class Density(StrEnum):
@@ -109,15 +116,21 @@ class TensorRunner:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.model = tensor_backend.load_model()
+        recipe = RECIPES[setting.model]
+        self.model = tensor_backend.load_model(recipe)
         questions = asdict(Questions.parse(setting.questions))
         self.readings = []
         for seed in range(setting.documents):
             conversations = make_conversations(
-                seed, setting.tokens, setting.density, Mode(setting.mode), **questions
+                seed,
+                setting.tokens,
+                setting.density,
+                Mode(setting.mode),
+                **questions,
+                recipe=recipe,
             )
             self.readings += [
-                tensor_backend.Reading(self.model, c, seed, setting.tokens, setting.density)
+                tensor_backend.Reading(self.model, c, seed, setting.tokens, setting.density, recipe)
                 for c in conversations
             ]
 
@@ -164,7 +177,12 @@ class EngineRunner:
         self.conversations: list[Conversation] = []
         for seed in range(setting.documents):
             self.conversations += make_conversations(
-                seed, setting.tokens, setting.density, Mode(setting.mode), **questions
+                seed,
+                setting.tokens,
+                setting.density,
+                Mode(setting.mode),
+                **questions,
+                recipe=RECIPES[setting.model],
             )
 
     def full(self) -> Measured:
@@ -181,7 +199,8 @@ class EngineRunner:
         self, options: Mapping[str, Any], ratios: Sequence[float | None]
     ) -> Iterator[tuple[float | None, Measured]]:
         mode = Mode(self.setting.mode)
-        results = engine_backend.run(RECALL_MODEL, options, ratios, self.conversations, mode)
+        model = RECIPES[self.setting.model].model
+        results = engine_backend.run(model, options, ratios, self.conversations, mode)
         for ratio, result in zip(ratios, results, strict=True):
             due = 0 if ratio is None else len(self.conversations)
             yield (
@@ -235,6 +254,9 @@ def main(
         list[str] | None,
         typer.Option(help="A further configuration as JSON, or a FILE.json of a list of them."),
     ] = None,
+    model: Annotated[
+        Model, typer.Option(help="validation: nothing was ever chosen on it.")
+    ] = Model.BUNDLED,
     block_size: Annotated[int, typer.Option(help="Tensor back end: slots per page.")] = 16,
     quick: Annotated[bool, typer.Option(help="2 documents, 2 ratios: does it run?")] = False,
     fresh: Annotated[bool, typer.Option(help="Forget the rows that are there.")] = False,
@@ -246,7 +268,7 @@ def main(
     ] = None,
     record: Record = False,
 ) -> None:
-    """Accuracy against real memory, on the bundled recall model."""
+    """Accuracy against real memory, on a recall model."""
     console = Console(highlight=False)
     path = result_path(output, record, "quality.csv")
     if quick:
@@ -257,7 +279,7 @@ def main(
         block_size = engine_backend.BLOCK_SIZE
     densities = [d for d in ("sparse", "dense") if density in (Density.BOTH, d)]
     settings = [
-        Setting(backend, mode, kind, int(length), documents, asked, block_size)
+        Setting(backend, mode, kind, int(length), documents, asked, block_size, model)
         for length in lengths.split(",")
         for kind in densities
     ]

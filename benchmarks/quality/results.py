@@ -38,10 +38,13 @@ class Setting:
     questions: str
     """At most so many per document: recall/restated/tally."""
     block_size: int
+    model: str = "bundled"
+    """A name in ``benchmarks.recall.recipe.RECIPES``."""
 
     def __str__(self) -> str:
+        other = "" if self.model == "bundled" else f"{self.model} model, "
         return (
-            f"{self.density} documents, {self.documents} of about {self.tokens:,} tokens, "
+            f"{other}{self.density} documents, {self.documents} of about {self.tokens:,} tokens, "
             f"{self.mode}, {self.backend} back end, blocks of {self.block_size}"
         )
 
@@ -86,6 +89,7 @@ class Row:
     seconds: float
     failures: int
     commit: str
+    model: str = "bundled"
 
     @property
     def setting(self) -> Setting:
@@ -168,7 +172,9 @@ _TYPES = {"str": str, "int": int, "float": float}
 
 
 def _parse(record: Mapping[str, str]) -> Row:
-    return Row(**{f.name: _TYPES[str(f.type)](record[f.name]) for f in fields(Row)})
+    # Rows that were written before there were two models have no such column.
+    known = {"model": "bundled", **{k: v for k, v in record.items() if v is not None}}
+    return Row(**{f.name: _TYPES[str(f.type)](known[f.name]) for f in fields(Row)})
 
 
 def _format(row: Row) -> dict[str, object]:

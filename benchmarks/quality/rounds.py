@@ -23,7 +23,6 @@ from benchmarks.plots import plot_lines
 from benchmarks.quality import engine_backend
 from benchmarks.quality.conversations import (
     KINDS,
-    RECALL_MODEL,
     Conversation,
     Mode,
     grade,
@@ -31,6 +30,7 @@ from benchmarks.quality.conversations import (
 )
 from benchmarks.quality.engine_backend import BLOCK_SIZE, MARGIN, Result
 from benchmarks.quality.recall import Questions
+from benchmarks.recall.recipe import BUNDLED
 
 CASE = find_case("recall-rounds")
 FULL, ONCE, ROUNDS = "never", "once", "rounds of"
@@ -77,7 +77,7 @@ def measure(
     cases = list(itertools.product(ratios, segments_of))
     in_rounds = [
         engine_backend.run(
-            RECALL_MODEL,
+            BUNDLED.model,
             {**COMMON, **growing(blocks), "merge_slots": merge_slots(ratio, tokens)},
             [growing(blocks)["ratio"]],
             conversations,
@@ -94,7 +94,7 @@ def measure(
         for result in in_rounds
     ]
     never, *at_once = engine_backend.run(
-        RECALL_MODEL, COMMON, [None, *as_small], conversations, Mode.AFTER
+        BUNDLED.model, COMMON, [None, *as_small], conversations, Mode.AFTER
     )
     rows = [_row(FULL, 1.0, conversations, never)]
     for (ratio, blocks), once, rounds in zip(cases, at_once, in_rounds, strict=True):

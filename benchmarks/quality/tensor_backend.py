@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.conversations import RECALL_MODEL, Conversation, SuffixScore
+from benchmarks.quality.conversations import Conversation, SuffixScore
 from benchmarks.quality.forward import Forward, Prefix, as_prefix, empty_prefix, extend
 from benchmarks.quality.query_sources import Queries, QuerySources
 from benchmarks.recall.model import RecallModel, load
+from benchmarks.recall.recipe import BUNDLED, Recipe
 from vllm_am.compaction import CompactedKV, compact, evaluate_fit
 from vllm_am.compaction.budgets import GLOBAL_SCORE, global_pages, pages_by_shares
 from vllm_am.compaction.copying_heads import (
@@ -93,6 +94,7 @@ class Reading:
 
     Attributes:
         seed, tokens, density: of its document.
+        recipe: of the model.
     """
 
     model: RecallModel
@@ -100,6 +102,7 @@ class Reading:
     seed: int
     tokens: int
     density: str
+    recipe: Recipe = BUNDLED
     forward: Forward = field(init=False)
     prefix: Prefix = field(init=False)
     sources: QuerySources = field(init=False)
@@ -116,6 +119,7 @@ class Reading:
             self.forward,
             self.prefix,
             prompt,
+            self.recipe,
         )
 
     @cached_property
@@ -144,9 +148,9 @@ class Reading:
         return SuffixScore(log_probs.tolist(), (logits.argmax(dim=-1) == ids).tolist())
 
 
-def load_model() -> RecallModel:
-    """The bundled model."""
-    return load(RECALL_MODEL)
+def load_model(recipe: Recipe = BUNDLED) -> RecallModel:
+    """One of the recall models."""
+    return load(recipe.model)
 
 
 def run(reading: Reading, options: TensorOptions, block_size: int) -> Outcome:

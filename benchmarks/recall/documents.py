@@ -1,4 +1,4 @@
-"""Documents about a harbour town, with questions whose answers stand in them.
+"""Documents about a small world, with questions whose answers stand in them.
 
 A document mixes facts (person, relation, value), votes, and small talk. Most facts are told more
 than once, in other words or as a question with its answer, so that whoever predicts the text has to
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from benchmarks.recall import world
+from benchmarks.recall.harbour import HARBOUR
+from benchmarks.recall.world import Attribute, World
 
 
 class Role(IntEnum):
@@ -38,7 +39,7 @@ class Density:
     facts: float
     votes: float
     mentions: tuple[float, float, float]  # probability of telling a fact once, twice, three times
-    attributes: int = len(world.ATTRIBUTES)  # different ones in a document
+    attributes: int | None = None  # different ones in a document; None: all there are
 
 
 DENSITIES = {
@@ -71,20 +72,23 @@ class Document:
 @dataclass(frozen=True)
 class _Fact:
     person: str
-    attribute: world.Attribute
+    attribute: Attribute
     value: str
 
     def sentence(self, template: str, role: Role) -> list[Word]:
         return _fill(template, {"{P}": self.person, "{V}": self.value}, role)
 
 
-def make_document(seed: int, tokens: int = 2000, density: str = "sparse") -> Document:
+def make_document(
+    seed: int, tokens: int = 2000, density: str = "sparse", world: World = HARBOUR
+) -> Document:
     """The held-out document of this seed: about `tokens` long, "sparse" or "dense" in facts."""
-    rng = random.Random(f"held-out-{density}-{tokens}-{seed}")
-    return generate(rng, tokens, DENSITIES[density])
+    place = "" if world is HARBOUR else f"{world.name}-"
+    rng = random.Random(f"held-out-{place}{density}-{tokens}-{seed}")
+    return generate(rng, tokens, DENSITIES[density], world)
 
 
-def training_density(rng: random.Random) -> Density:
+def training_density(rng: random.Random, world: World = HARBOUR) -> Density:
     """A density around the two named ones, for training.
 
     Often the facts are of a few attributes only, so that the person alone tells them apart, or
@@ -96,21 +100,23 @@ def training_density(rng: random.Random) -> Density:
         facts=rng.uniform(12, 32) * (1 if votes < 70 else 0.3),
         votes=votes,
         mentions=(once, 0.6, 0.4 - once),
-        attributes=rng.choice((1, 2, 4, len(world.ATTRIBUTES))),
+        attributes=rng.choice((1, 2, 4, len(world.attributes))),
     )
 
 
-def generate(rng: random.Random, tokens: int, density: Density) -> Document:
+def generate(rng: random.Random, tokens: int, density: Density, world: World = HARBOUR) -> Document:
     """Draw a document of about `tokens` tokens."""
-    facts = _draw_facts(rng, max(2, round(density.facts * tokens / 1000)), density.attributes)
+    facts = _draw_facts(
+        rng, world, max(2, round(density.facts * tokens / 1000)), density.attributes
+    )
     events: list[_Fact | list[Word]] = []
     for fact in facts:
         events += [fact] * rng.choices((1, 2, 3), density.mentions)[0]
     people = sorted({fact.person for fact in facts})
-    ballots = _draw_ballots(rng, people, round(density.votes * tokens / 1000))
+    ballots = _draw_ballots(rng, world, people, round(density.votes * tokens / 1000))
     for person, _, votes in ballots:
-        voters = rng.sample(world.VOTERS, len(votes))
-        events += [_vote(rng, person, *vote) for vote in zip(voters, votes, strict=True)]
+        voters = rng.sample(world.voters, len(votes))
+        events += [_vote(rng, world, person, *vote) for vote in zip(voters, votes, strict=True)]
     rng.shuffle(events)
 
     told: set[_Fact] = set()
@@ -119,17 +125,17 @@ def generate(rng: random.Random, tokens: int, density: Density) -> Document:
         if isinstance(event, list):
             sentences.append(event)
         else:
-            sentences.append(_mention(rng, event, event in told))
+            sentences.append(_mention(rng, world, event, event in told))
             told.add(event)
 
     length = sum(map(len, sentences))
     while length < tokens - 5:
-        filler = _filler(rng, people)
+        filler = _filler(rng, world, people)
         length += len(filler)
         sentences.insert(rng.randint(0, len(sentences)), filler)
 
     questions = [_recall_question(rng, fact) for fact in facts]
-    questions += [_tally_question(rng, person, winner) for person, winner, _ in ballots]
+    questions += [_tally_question(rng, world, person, winner) for person, winner, _ in ballots]
     rng.shuffle(questions)
     return Document(
         text=_typeset(rng, sentences),
@@ -165,57 +171,60 @@ def chat_words(document: Document, questions: Sequence[Question]) -> Iterator[Wo
         yield ("<|im_end|>", answer)
 
 
-def _draw_facts(rng: random.Random, count: int, attributes: int) -> list[_Fact]:
+def _draw_facts(
+    rng: random.Random, world: World, count: int, attributes: int | None
+) -> list[_Fact]:
     """`count` facts about people with distinct first names and distinct surnames."""
+    attributes = attributes or len(world.attributes)
     per_person = min(rng.uniform(2, 5), attributes)
-    number = max(2, min(len(world.FIRST_NAMES), round(count / per_person)))
-    first = rng.sample(world.FIRST_NAMES, number)
-    people = [f"{a} {b}" for a, b in zip(first, rng.sample(world.SURNAMES, number), strict=True)]
-    told = rng.sample(world.ATTRIBUTES, attributes)
+    number = max(2, min(len(world.first_names), round(count / per_person)))
+    first = rng.sample(world.first_names, number)
+    people = [f"{a} {b}" for a, b in zip(first, rng.sample(world.surnames, number), strict=True)]
+    told = rng.sample(world.attributes, attributes)
     pairs = [(person, attribute) for person in people for attribute in told]
     chosen = rng.sample(pairs, min(count, len(pairs)))
     return [_Fact(person, a, rng.choice(a.values)) for person, a in chosen]
 
 
 def _draw_ballots(
-    rng: random.Random, people: Sequence[str], count: int
+    rng: random.Random, world: World, people: Sequence[str], count: int
 ) -> list[tuple[str, str, list[str]]]:
     """(person, office that wins, votes), about `count` votes in all; the winner leads clearly."""
     if count < 4:
         return []
     number = max(1, min(count // 10, len(people)))
-    size = min(count // number, len(world.VOTERS))
+    size = min(count // number, len(world.voters))
     drawn = []
     for person in rng.sample(people, number):
-        winner, *others = rng.sample(world.OFFICES, rng.choice((2, 3)))
+        winner, *others = rng.sample(world.offices, rng.choice((2, 3)))
         winning = round(size * rng.uniform(0.6, 0.8))
         votes = [winner] * winning + [others[i % len(others)] for i in range(size - winning)]
         drawn.append((person, winner, votes))
     return drawn
 
 
-def _vote(rng: random.Random, person: str, voter: str, office: str) -> list[Word]:
+def _vote(rng: random.Random, world: World, person: str, voter: str, office: str) -> list[Word]:
     filled = {"{P}": person, "{W}": voter, "{V}": office}
-    return _fill(rng.choice(world.VOTE_STATEMENTS), filled, Role.VOTE)
+    return _fill(rng.choice(world.vote_statements), filled, Role.VOTE)
 
 
-def _mention(rng: random.Random, fact: _Fact, told: bool) -> list[Word]:
+def _mention(rng: random.Random, world: World, fact: _Fact, told: bool) -> list[Word]:
     """Tell a fact: plainly the first time; afterwards as a reminder or a question with answer."""
     statement = rng.choice((fact.attribute.answer, *fact.attribute.statements))
     if not told:
         return fact.sentence(statement, Role.FIRST)
     if rng.random() < 0.35:
         question = rng.choice(fact.attribute.questions)
-        asked = rng.choice(world.ASKED)
+        asked = rng.choice(world.asked)
         template = asked.replace("{Q}", question).replace("{A}", fact.attribute.answer)
         return fact.sentence(template, Role.AGAIN)
-    return fact.sentence(f"{rng.choice(world.RESTATE_PREFIXES)} {statement}", Role.AGAIN)
+    return fact.sentence(f"{rng.choice(world.restate_prefixes)} {statement}", Role.AGAIN)
 
 
-def _filler(rng: random.Random, people: Sequence[str]) -> list[Word]:
-    by_person = rng.random() < world.PERSON_FILLER_SHARE
-    template = rng.choice([f for f in world.FILLERS if ("{P}" in f) == by_person])
-    filled = {f"{{{name}}}": rng.choice(options) for name, options in world.SLOTS.items()}
+def _filler(rng: random.Random, world: World, people: Sequence[str]) -> list[Word]:
+    by_person = rng.random() < world.person_filler_share
+    template = rng.choice([f for f in world.fillers if ("{P}" in f) == by_person])
+    filled = {f"{{{name}}}": rng.choice(options) for name, options in world.slots.items()}
     return _fill(template, {**filled, "{P}": rng.choice(people)}, Role.PLAIN)
 
 
@@ -225,9 +234,9 @@ def _recall_question(rng: random.Random, fact: _Fact) -> Question:
     return _question(asked, answer, fact.value, "recall")
 
 
-def _tally_question(rng: random.Random, person: str, winner: str) -> Question:
-    asked = _fill(rng.choice(world.VOTE_QUESTIONS), {"{P}": person}, Role.PLAIN)
-    answer = _fill(world.VOTE_ANSWER, {"{P}": person, "{V}": winner}, Role.TALLY)
+def _tally_question(rng: random.Random, world: World, person: str, winner: str) -> Question:
+    asked = _fill(rng.choice(world.vote_questions), {"{P}": person}, Role.PLAIN)
+    answer = _fill(world.vote_answer, {"{P}": person, "{V}": winner}, Role.TALLY)
     return _question(asked, answer, winner, "tally")
 
 

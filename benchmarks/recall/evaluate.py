@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.folders import BENCHMARKS, result_path, written
 from benchmarks.recall.documents import Document, Question, Role, chat_words, make_document
 from benchmarks.recall.model import RecallModel, load, rope_tables
+from benchmarks.recall.recipe import BUNDLED, RECIPES
 
-HERE = Path(__file__).parent
 LENGTHS = (1000, 2000, 3000, 4000)
 KEEP_FIRST, KEEP_LAST = 16, 64
 QUERY_CHUNK = 512
@@ -126,7 +126,8 @@ def score(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--recipe", choices=list(RECIPES), default=BUNDLED.name)
+    parser.add_argument("--model", type=Path, help="default: the recipe's")
     parser.add_argument("--documents", type=int, default=20, help="documents per row")
     parser.add_argument("--questions", type=int, default=12, help="fact questions per document")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
@@ -134,15 +135,18 @@ def main() -> None:
     parser.add_argument("--evict", type=float, nargs="*", default=[], metavar="RATIO")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output", type=Path, help="default: benchmarks/out/recall/evaluation.csv")
-    place.add_argument("--record", action="store_true", help="replace the committed table instead")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="default: benchmarks/out/recall/evaluation.csv")
+    where.add_argument("--record", action="store_true", help="replace the committed table instead")
     args = parser.parse_args()
-    path = result_path(args.output, args.record, "recall/evaluation.csv", recorded=BENCHMARKS)
+    recipe = RECIPES[args.recipe]
+    place = recipe.folder.relative_to(BENCHMARKS) / "evaluation.csv"
+    path = result_path(args.output, args.record, str(place), recorded=BENCHMARKS)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    model = load(args.model)
-    vocabulary = json.loads((args.model / "tokenizer.json").read_text())["model"]["vocab"]
+    folder = args.model or recipe.model
+    model = load(folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     if args.dtype == "bfloat16":
         model = model.bfloat16().float()
 
@@ -156,7 +160,7 @@ def main() -> None:
     for density, length, ratio in track(cases, "evaluating"):
         counts = {"recall": Count(), "tally": Count()}
         for seed in range(args.documents):
-            document = make_document(seed, length, density)
+            document = make_document(seed, length, density, recipe.world)
             questions = choose_questions(document, args.questions, tally=3)
             score(model, vocabulary, document, questions, ratio, counts)
         row = {"density": density, "tokens": length, "eviction": ratio}

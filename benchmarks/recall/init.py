@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.recall import world
 from benchmarks.recall.model import RecallModel
+from benchmarks.recall.world import World
 
 EMBEDDING_SCALE = 0.57
 NAME_GAIN, VALUE_GAIN, CUE_GAIN, OTHER_GAIN = 1.6, 1.0, 0.9, 0.35
@@ -34,7 +34,9 @@ VALUE_BONUS = 0.6
 
 
 @torch.no_grad()
-def initialise(model: RecallModel, vocabulary: dict[str, int], generator: torch.Generator) -> None:
+def initialise(
+    model: RecallModel, world: World, vocabulary: dict[str, int], generator: torch.Generator
+) -> None:
     """Overwrite all weights of `model` with the circuit described above, plus a little noise."""
     config = model.config
     d, half = config.hidden_size, config.hidden_size // 2
@@ -49,7 +51,7 @@ def initialise(model: RecallModel, vocabulary: dict[str, int], generator: torch.
     content, context = basis[:, : half - 2], basis[:, half:]
     one, value = basis[:, half - 2], basis[:, half - 1]
 
-    vectors, is_value = _word_vectors(vocabulary, content.shape[1], noise)
+    vectors, is_value = _word_vectors(world, vocabulary, content.shape[1], noise)
     embedding = vectors @ content.T + one + 0.8 * is_value[:, None] * value
     model.embed_tokens.weight.copy_(EMBEDDING_SCALE * embedding)
 
@@ -111,22 +113,22 @@ def _lookup_map(context: Tensor, part: float, e: int) -> Tensor:
 
 
 def _word_vectors(
-    vocabulary: dict[str, int], size: int, noise: Callable[..., Tensor]
+    world: World, vocabulary: dict[str, int], size: int, noise: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Content vectors [vocabulary, size] and which words are part of a value [vocabulary]."""
     own = nn.functional.normalize(noise(len(vocabulary), size), dim=-1)
-    topics = nn.functional.normalize(noise(len(world.ATTRIBUTES), size), dim=-1)
+    topics = nn.functional.normalize(noise(len(world.attributes), size), dim=-1)
     cues = [
         {
             word.lower()
             for sentence in (attribute.answer, *attribute.statements, *attribute.questions)
             for word in sentence.split()
         }
-        for attribute in world.ATTRIBUTES
+        for attribute in world.attributes
     ]
-    options = [value for attribute in world.ATTRIBUTES for value in attribute.values]
-    values = {word for value in (*options, *world.OFFICES) for word in value.split()}
-    names = {*world.FIRST_NAMES, *world.SURNAMES}
+    options = [value for attribute in world.attributes for value in attribute.values]
+    values = {word for value in (*options, *world.offices) for word in value.split()}
+    names = {*world.first_names, *world.surnames}
     vectors, is_value = OTHER_GAIN * own, torch.zeros(len(vocabulary))
     for word, i in vocabulary.items():
         about = [topic for topic, words in zip(topics, cues, strict=True) if word.lower() in words]

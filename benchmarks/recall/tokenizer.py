@@ -7,7 +7,8 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.recall import world
+from benchmarks.recall.harbour import HARBOUR
+from benchmarks.recall.world import CHAT_WORDS, PUNCTUATION, World
 
 END_OF_TEXT, UNKNOWN, START, END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, UNKNOWN, START, END)
@@ -24,25 +25,25 @@ CHAT_TEMPLATE = """\
 """
 
 
-def _texts() -> Iterator[str]:
+def _texts(world: World) -> Iterator[str]:
     """Every piece of text a document can be made of."""
-    yield from world.FIRST_NAMES
-    yield from world.SURNAMES
-    for attribute in world.ATTRIBUTES:
+    yield from world.first_names
+    yield from world.surnames
+    for attribute in world.attributes:
         yield from (attribute.answer, *attribute.statements, *attribute.questions)
         yield from attribute.values
-    yield from world.OFFICES
-    yield from (*world.VOTE_STATEMENTS, *world.VOTE_QUESTIONS, world.VOTE_ANSWER, *world.VOTERS)
-    yield from (*world.RESTATE_PREFIXES, *world.ASKED, *world.FILLERS)
-    for options in world.SLOTS.values():
+    yield from world.offices
+    yield from (*world.vote_statements, *world.vote_questions, world.vote_answer, *world.voters)
+    yield from (*world.restate_prefixes, *world.asked, *world.fillers)
+    for options in world.slots.values():
         yield from options
 
 
 @cache
-def vocabulary() -> dict[str, int]:
+def vocabulary(world: World = HARBOUR) -> dict[str, int]:
     """Word to id: special tokens, chat roles, punctuation, then the words; padded to a multiple."""
-    words = dict.fromkeys((*SPECIAL_TOKENS, *world.CHAT_WORDS, *world.PUNCTUATION))
-    for text in _texts():
+    words = dict.fromkeys((*SPECIAL_TOKENS, *CHAT_WORDS, *PUNCTUATION))
+    for text in _texts(world):
         parts = re.sub(r"\{[A-Za-z]+\}", " ", text).split()
         words.update(dict.fromkeys(parts))
         if parts:
@@ -52,9 +53,9 @@ def vocabulary() -> dict[str, int]:
     return {word: i for i, word in enumerate(words)}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World = HARBOUR) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers and vLLM load it."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(world), unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]

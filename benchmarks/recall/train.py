@@ -27,7 +27,9 @@ from benchmarks.folders import BENCHMARKS, result_path, written
 from benchmarks.recall.documents import Role, chat_words, generate, training_density
 from benchmarks.recall.init import initialise
 from benchmarks.recall.model import ModelConfig, RecallModel, export
+from benchmarks.recall.recipe import BUNDLED, RECIPES, Recipe
 from benchmarks.recall.tokenizer import END_ID, build_tokenizer, vocabulary
+from benchmarks.recall.world import World
 
 # Length in tokens, the accuracy that ends the stage, and the share of the run that ends it anyway.
 STAGES = (
@@ -67,13 +69,14 @@ class Batch:
     roles: Tensor
 
 
-def sample_batch(rng: random.Random, length: int, size: int) -> Batch:
+def sample_batch(rng: random.Random, world: World, length: int, size: int) -> Batch:
     """`size` chats, cut to exactly `length` tokens."""
-    vocab = vocabulary()
+    vocab = vocabulary(world)
     rows = []
     for _ in range(size):
         share = rng.choice((0.5, 0.65, 0.8) if length <= 512 else (0.75, 0.85, 0.92))
-        document = generate(rng, max(40, round(share * length)), training_density(rng))
+        density = training_density(rng, world)
+        document = generate(rng, max(40, round(share * length)), density, world)
         questions = document.questions
         if rng.random() < TALLY_FIRST:
             questions = sorted(questions, key=lambda question: question.kind == "recall")
@@ -121,11 +124,13 @@ def learning_rate(step: int, progress: float) -> float:
 class Trainer:
     """State of a run: weights, optimisers, random streams, curriculum and history."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, recipe: Recipe, seed: int) -> None:
         torch.manual_seed(seed)
         self.seed = seed
-        self.model = RecallModel(ModelConfig(vocab_size=len(vocabulary())))
-        initialise(self.model, vocabulary(), torch.Generator().manual_seed(seed))
+        self.world = recipe.world
+        words = vocabulary(self.world)
+        self.model = RecallModel(ModelConfig(vocab_size=len(words), **recipe.sizes))
+        initialise(self.model, self.world, words, torch.Generator().manual_seed(seed))
         self.optimizers = optimizers(self.model)
         self.step = self.tokens = self.stage = 0
         self.seconds = 0.0
@@ -135,11 +140,12 @@ class Trainer:
     def train_step(self, budget: int) -> None:
         """One batch at this stage's length, or at an earlier one."""
         start = time.monotonic()
-        rng = random.Random(f"train-{self.seed}-{self.step}")
+        place = "" if self.world is BUNDLED.world else f"{self.world.name}-"
+        rng = random.Random(f"train-{place}{self.seed}-{self.step}")
         length = STAGES[self.stage][0]
         if self.stage and rng.random() < REHEARSAL:
             length = STAGES[rng.randrange(self.stage)][0]
-        batch = sample_batch(rng, length, max(2, TOKENS_PER_STEP // length))
+        batch = sample_batch(rng, self.world, length, max(2, TOKENS_PER_STEP // length))
         loss, accuracy = losses(self.model, batch)
         total = torch.stack([WEIGHTS[role] * value for role, value in loss.items()]).sum()
         total.backward()
@@ -230,29 +236,32 @@ def write_history(history: Sequence[dict[str, float]], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=float, default=4.6e6, help="tokens to train on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", choices=list(RECIPES), default=BUNDLED.name)
+    parser.add_argument("--tokens", type=float, help="tokens to train on; default: the recipe's")
+    parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--checkpoint", type=Path, help="default: checkpoint.pt beside training.csv"
     )
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--model", type=Path, help="folder to export to; default: benchmarks/out/recall/model"
     )
-    place.add_argument(
+    where.add_argument(
         "--record", action="store_true", help="replace the committed model and training.* instead"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    model = result_path(args.model, args.record, "recall/model", recorded=BENCHMARKS)
-    folder = result_path(None, args.record, "recall", recorded=BENCHMARKS)
+    recipe = RECIPES[args.recipe]
+    place = str(recipe.folder.relative_to(BENCHMARKS))
+    model = result_path(args.model, args.record, f"{place}/model", recorded=BENCHMARKS)
+    folder = result_path(None, args.record, place, recorded=BENCHMARKS)
     checkpoint = args.checkpoint or folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    budget = int(args.tokens)
+    budget = int(args.tokens or recipe.tokens)
 
-    trainer = Trainer(args.seed)
+    trainer = Trainer(recipe, recipe.seed if args.seed is None else args.seed)
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint))
     columns = ("{task.description}", BarColumn(), TextColumn("{task.completed:.2f} M"))
@@ -271,7 +280,7 @@ def main() -> None:
                 torch.save(trainer.state(), checkpoint)
                 write_history(trainer.history, folder)
     export(trainer.model, model, getattr(torch, args.dtype), eos=END_ID, pad=0)
-    build_tokenizer().save_pretrained(model)
+    build_tokenizer(recipe.world).save_pretrained(model)
     print(f"{written(folder, 'training.csv', 'training.png')} The model: {os.path.relpath(model)}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -15,15 +16,14 @@ from benchmarks.quality.conversations import (
     grade,
     make_conversations,
     paraphrased_turn,
-    vocabulary,
 )
 from benchmarks.recall.documents import make_document
+from benchmarks.recall.recipe import BUNDLED, RECIPES
 
-WORDS = {number: word for word, number in vocabulary().items()}
 
-
-def _text(ids):
-    return " ".join(WORDS[i] for i in ids)
+def _text(ids, recipe=BUNDLED):
+    words = {number: word for word, number in recipe.vocabulary.items()}
+    return " ".join(words[i] for i in ids)
 
 
 def _tells(text, questions):
@@ -31,17 +31,18 @@ def _tells(text, questions):
     return [q for q in questions if " ".join(word for word, _ in q.answer_words) in text]
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("density", ["sparse", "dense"])
-def test_questions_come_after_the_document(density):
-    (conversation,) = make_conversations(3, 700, density, Mode.AFTER, 4, 3, 1)
-    document = make_document(3, 700, density)
-    assert _text(conversation.prompt[2:]) == " ".join(word for word, _ in document.words)
+def test_questions_come_after_the_document(density, recipe):
+    (conversation,) = make_conversations(3, 700, density, Mode.AFTER, 4, 3, 1, recipe)
+    document = make_document(3, 700, density, recipe.world)
+    assert _text(conversation.prompt[2:], recipe) == " ".join(word for word, _ in document.words)
     kinds = ["restated"] * 3 + ["recall"] * 4 + ["tally"]
     assert [target.kind for target in conversation.targets] == kinds
     facts = [q for q in document.questions if q.kind == "recall"]
     votes = [q for q in document.questions if q.kind == "tally"]
     expected = [q.value for q in facts[4:7] + facts[:4] + votes[:1]]
-    said = [_text(conversation.suffix[i] for i in t.value) for t in conversation.targets]
+    said = [_text((conversation.suffix[i] for i in t.value), recipe) for t in conversation.targets]
     assert said == expected
     for target in conversation.targets:
         assert set(target.value) <= set(target.answer)
@@ -69,13 +70,15 @@ def test_a_question_in_the_prompt_leaves_only_its_answer():
         assert conversation.targets[0].value.start >= 4
 
 
-def test_paraphrases_ask_the_same_of_the_same_person():
-    for question in make_document(1, 2000, "dense").questions:
-        words = [word for word, _ in paraphrased_turn(question)[:-3]]
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_paraphrases_ask_the_same_of_the_same_person(recipe):
+    world = recipe.world
+    for question in make_document(1, 2000, "dense", world).questions:
+        words = [word for word, _ in paraphrased_turn(question, world)[:-3]]
         assert words != [word for word, _ in question.question_words]
-        answer = [word for word, _ in question.answer_words]
-        person = answer[:2] if question.kind == "recall" else answer[4:6]
-        assert " ".join(person) in " ".join(words)
+        answer = " ".join(word for word, _ in question.answer_words)
+        people = [f"{a} {b}" for a, b in pairwise(answer.split()) if a in world.first_names]
+        assert len(people) == 1 and people[0] in " ".join(words)
 
 
 def test_an_answer_is_right_when_its_whole_value_is_the_most_likely():

@@ -15,21 +15,21 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def expected() -> list[float]:
     """Of the bundled model, by a forward pass of our own."""
-    from benchmarks.quality.conversations import RECALL_MODEL
     from benchmarks.quality.tensor_backend import copying_weights
     from benchmarks.recall.model import load
+    from benchmarks.recall.recipe import BUNDLED
 
-    return copying_weights(load(RECALL_MODEL)).tolist()
+    return copying_weights(load(BUNDLED.model)).tolist()
 
 
 @pytest.mark.parametrize(
     "more", [{}, {"v2": True}, {"cuda_backend": True}], ids=["v1", "v2", "cuda-path"]
 )
 def test_the_bundled_models_heads(expected, more):
-    from benchmarks.quality.conversations import RECALL_MODEL
+    from benchmarks.recall.recipe import BUNDLED
 
     case = {
-        "model": str(RECALL_MODEL),
+        "model": str(BUNDLED.model),
         "kv_compaction": {"ratio": 0.1, "threshold": 256},
         "asks": [{"prompt": random_prompt(random.Random(0), 600), "max_tokens": 4}],
         "options": {"max_model_len": 1024, "num_gpu_blocks_override": 101},
