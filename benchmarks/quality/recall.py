@@ -271,6 +271,11 @@ def main(
     """Accuracy against real memory, on a recall model."""
     console = Console(highlight=False)
     path = result_path(output, record, "quality.csv")
+    if not RECIPES[model].model.exists():
+        raise typer.BadParameter(
+            f"--model {model}: train it first, `python -m benchmarks.recall.train --recipe {model} "
+            "--record`"
+        )
     if quick:
         documents, ratios = min(documents, 2), QUICK_RATIOS if ratios == RATIOS else ratios
     plan = configurations(methods, budgets, queries, config or [])

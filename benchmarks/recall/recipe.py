@@ -5,14 +5,13 @@ validation model had no say in anything: another world of words, another depth, 
 seed. What is measured on it is reported and never tuned on.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from benchmarks.recall.harbour import HARBOUR
 from benchmarks.recall.observatory import OBSERVATORY
+from benchmarks.recall.tokenizer import vocabulary
 from benchmarks.recall.world import World
 
 HERE = Path(__file__).parent
@@ -37,12 +36,10 @@ class Recipe:
         """Weights, configuration and tokenizer."""
         return self.folder / "model"
 
-    @cached_property
+    @property
     def vocabulary(self) -> dict[str, int]:
-        """Word to id, as the trained model has it."""
-        tokenizer = json.loads((self.model / "tokenizer.json").read_text())
-        words: dict[str, int] = tokenizer["model"]["vocab"]
-        return words
+        """Word to id."""
+        return vocabulary(self.world)
 
 
 BUNDLED = Recipe("bundled", HARBOUR, HERE, seed=0, tokens=4.6e6)

@@ -12,7 +12,8 @@ from tests.engine import driver
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 #: Every key kept, bias 0; low threshold and little protection, so that most requests compact.
-IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
+#: Room for the queries of everybody, so that everybody is compacted.
+IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16, "query_pool_share": 1.0}
 #: Small chunks: prompts are prefilled over several steps, mixed with decodes.
 CHUNKED = {"max_num_batched_tokens": 192, "max_num_seqs": 16}
 

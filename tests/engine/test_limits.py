@@ -60,12 +60,13 @@ def test_kv_bias_and_queries_fit_in_the_memory_given(limits, available, share):
 
 
 def test_the_query_pool_holds_two_sequences_where_that_is_little(limits):
-    """2,048 positions are one; a share of 1/32 of the KV pool's is more from 128k tokens on."""
+    """2,048 positions and the 64 at its end are one; a share of 1/32 of the KV pool's is more from
+    132k tokens on."""
     positions = {
         tokens: limits().query_pool_positions(tokens // 16)
         for tokens in (1024, 8192, 24576, 65536, 262144)
     }
-    assert positions == {1024: 1024, 8192: 2048, 24576: 3072, 65536: 4096, 262144: 8192}
+    assert positions == {1024: 1024, 8192: 2112, 24576: 3072, 65536: 4224, 262144: 8192}
 
 
 def test_no_memory_left_is_negative_and_refused_by_vllm(limits):

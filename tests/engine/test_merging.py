@@ -114,8 +114,7 @@ def test_bias_is_carried(tiny_model):
         state.fitting._run, state._activate = spy_run, spy_activate
         engine.run([Ask(random_prompt(random.Random(3), 5000), 20)])
     assert len(carried) >= 5
-    assert max(carried) < 0.3
-    assert all(b > 3 * c for b, c in zip(bare, carried, strict=True))
+    assert all(b > 4 * c for b, c in zip(bare, carried, strict=True))
 
 
 def test_failed_merge_leaves_the_segments(tiny_model, monkeypatch):

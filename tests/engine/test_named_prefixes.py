@@ -402,7 +402,7 @@ def test_everything_at_once_adds_up(tiny_model, tmp_path, blocks, force_async):
                 now = float(state.kv.pages[pages].double().sum())
                 assert sums.setdefault(entry.segment_id, now) == now, "a pinned page has changed"
 
-    options = {**OPTIONS, "threshold": 160}
+    options = {**OPTIONS, "threshold": 160, "query_pool_share": 1.0}
     with driver.start(tiny_model, options, force_async, **sizes) as engine:
         engine.before_step = act
         outputs = engine.run(asks)

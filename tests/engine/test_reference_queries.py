@@ -15,7 +15,7 @@ from tests.engine.driver import BLOCK, Ask, random_prompt
 pytestmark = [pytest.mark.engine]
 
 #: Every key kept, so that outputs must be stock vLLM's whatever the queries are.
-IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
+IDENTITY = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16, "query_pool_share": 1.0}
 PROMPTS = {"prompts": [[7, 8, 9], [11, 12, 13, 14]]}
 WRITING = {"self_study_tokens": 12, "starters": ["w5 w6", "w7"]}
 SOURCES = {
@@ -179,16 +179,19 @@ def test_slices_of_one_fit_read_the_same_queries(tiny_model):
         "reference_queries": 512,
         "query_pool_share": 0,
     }
-    asks = [Ask(random_prompt(random.Random(i), 400), 80, arrives=2 * i) for i in range(4)]
+    # One after the other: what is read while one is fitted has no room for queries of its own.
+    asks = [Ask(random_prompt(random.Random(i), 400), 80, arrives=45 * i) for i in range(4)]
+    others = [Ask(random_prompt(random.Random(i), 200), 4, arrives=15 * i) for i in range(10)]
     with driver.start(tiny_model, options) as engine:
         fits = _watch_fits(engine)
-        engine.run(asks)
-        assert engine.totals.compactions == 4 and not engine.totals.failures
+        engine.run([*asks, *others])
+        assert engine.totals.compactions >= 4 and not engine.totals.failures
         pool = engine.scheduler.compaction.query_pool
-        assert pool.capacity == 256, "less than two sequences leave there"
+        assert pool.capacity == 2 * (128 + 64), "of two sequences with their prompts' ends"
     slots = {}
-    for request_id, _, _, found, _ in fits:
-        slots.setdefault(request_id, []).append(found.tolist())
+    for request_id, start, _, found, _ in fits:
+        slots.setdefault((request_id, start), []).append(found.tolist())
+    assert len({request_id for request_id, _ in slots}) == 4
     assert all(len(each) > 1 and each.count(each[0]) == len(each) for each in slots.values())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine import driver
 from tests.engine.driver import BLOCK, Ask, random_prompt
+from vllm_am.engine.limits import PROMPT_TAIL_POSITIONS
 
 pytestmark = [pytest.mark.engine]
 
@@ -392,7 +393,7 @@ def test_preempted_in_identity_mode_equals_stock(tiny_model):
     asks = [Ask(random_prompt(random.Random(i), 200), 130) for i in range(8)]
     with driver.start(tiny_model) as engine:
         expected = engine.run(asks)
-    identity = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16}
+    identity = {"ratio": 1.0, "threshold": 128, "recent_tokens": 16, **EXACT_SAMPLING}
     preemptions = 0
     with driver.start(
         tiny_model, identity, num_gpu_blocks_override=62, max_model_len=512
@@ -431,6 +432,7 @@ def test_pool_share_compacts_instead_of_preempting(tiny_model):
             return preemptions, getattr(engine.scheduler, "compaction", None)
 
     options = {"ratio": 0.1, "threshold": "70%", "recent_tokens": 32, "min_span_tokens": 96}
+    options |= EXACT_SAMPLING
     assert serve(None, 97)[0] > 0
     preemptions, compaction = serve(options, 97)
     assert preemptions == 0
@@ -458,6 +460,7 @@ def test_accounting_under_fuzz(tiny_model, force_async):
             )
         )
     options = {"ratio": 0.2, "threshold": 128, "recent_tokens": 16, "min_span_tokens": 32}
+    options["query_pool_share"] = 0.5  # full now and then
     with driver.start(
         tiny_model,
         options,
@@ -508,14 +511,43 @@ def test_long_fit_is_spread_over_steps(tiny_model):
     assert sliced[:13] == stock[:13] and sliced != stock
 
 
-def test_prompts_read_in_one_step_all_have_queries(tiny_model):
-    """However small the query pool: none of them is left with nothing to be fitted on."""
+def test_whole_samples_or_none(tiny_model):
+    """Prompts that are read in one step, more than the query pool has room for: those that come
+    first are compacted with all their queries, the others stay exact, and are counted."""
     options = {"ratio": 0.25, "threshold": 256, "query_pool_share": 0, "reference_queries": 1024}
     asks = [Ask(random_prompt(random.Random(i), 400), 24) for i in range(8)]
-    with driver.start(tiny_model, options, max_num_batched_tokens=2048) as engine:
-        engine.run(asks)
-        assert engine.scheduler.compaction.query_pool.capacity == 512, "of two"
-        assert engine.totals.compactions == len(asks) and not engine.totals.failures
+    with driver.start(tiny_model) as engine:
+        stock = engine.run(asks)
+    with driver.start(tiny_model, options, max_num_batched_tokens=4096) as engine:
+        pool, queries = engine.scheduler.compaction.query_pool, []
+        start = engine.scheduler.compaction.jobs.start
+
+        def spy(request, span, chosen, *args):
+            queries.append((request.request_id.partition("-")[0], chosen.positions))
+            return start(request, span, chosen, *args)
+
+        engine.scheduler.compaction.jobs.start = spy
+        outputs = engine.run(asks)
+        assert pool.capacity == 2 * (256 + PROMPT_TAIL_POSITIONS), "of two"
+        # 256 of 400 tokens: 64 % of the 320 that are compacted.
+        assert list(dict(queries)) == ["0", "1"]
+        assert all(positions > 0.9 * 0.64 * 320 for _, positions in queries)
+        assert engine.totals.compactions == 2 and engine.totals.thin_spans == 6
+        assert all(outputs[str(i)] == stock[str(i)] for i in range(2, 8))
+
+
+def test_a_fit_without_any_queries_fails_alone(tiny_model, monkeypatch):
+    """The sequence has to be compacted, and there is nothing to fit it to: it goes on."""
+    from vllm_am.engine.scheduler.sequences import Sequences
+
+    monkeypatch.setattr(Sequences, "must_be_compacted", lambda self, request: True)
+    ask = Ask(random_prompt(random.Random(3), 600), 40)
+    with driver.start(tiny_model) as engine:
+        stock = engine.run([ask])
+    with driver.start(tiny_model, OWN_QUARTER) as engine:
+        engine.scheduler.compaction.queries.sample = lambda wanted: {}
+        assert engine.run([ask]) == stock
+        assert engine.totals.failures == {"no-queries": 1}
 
 
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])

@@ -86,7 +86,7 @@ def test_many_at_once_wait_for_one(tiny_model):
         assert engine.totals.cache_adoptions == 7
     asks = questions(random.Random(2), 8, every=0)
     alone = [Ask(ask.prompt, ask.max_tokens, ALONE) for ask in asks]
-    with driver.start(tiny_model, OPTIONS) as engine:
+    with driver.start(tiny_model, {**OPTIONS, "query_pool_share": 1.0}) as engine:
         engine.run(alone, names="alone-")
         assert engine.totals.compactions == 8
         engine.run(asks)
@@ -373,7 +373,7 @@ def test_an_entry_outlasts_exact_blocks_that_were_used_later(tiny_model):
     with driver.start(tiny_model, OPTIONS, **small) as engine:
         engine.run([first], names="first-")
         for turn in range(2):
-            others(engine, 9, f"between-{turn}-")
+            others(engine, 6, f"between-{turn}-")
             engine.run([later], names=f"later-{turn}-")
             assert engine.totals.compactions == 1
             assert engine.totals.cache_hits == turn + 1

@@ -36,6 +36,9 @@ KEPT_STATISTICS_BYTES = 256 << 20
 #: Where a worker may put a fit aside in the middle of a head.
 PAUSING_DEVICES: tuple[str, ...] = ("cpu",)
 
+#: Positions at the end of a prompt that are always sampled: the question, where there is one.
+PROMPT_TAIL_POSITIONS = 64
+
 #: Share of the KV pool's positions that the queries of a second sequence are worth.
 SMALL_POOL_SHARE = 1 / 8
 
@@ -317,7 +320,7 @@ class EngineLimits:
     def positions_of_one(self) -> int:
         """Positions in the query pool of one sequence and of its passes, at most."""
         passes = math.ceil(self.config.pass_fraction * self.sample_positions)
-        return min(self.sample_positions, self.max_model_len) + passes
+        return min(self.sample_positions + PROMPT_TAIL_POSITIONS, self.max_model_len) + passes
 
     def query_pool_positions(self, num_blocks: int) -> int:
         """Token positions the query pool holds: its share of the KV pool's, but enough for one.

@@ -59,6 +59,8 @@ class CompactionStats:
     reference_tokens: int = 0
     reference_shortfalls: int = 0
     merges: int = 0
+    thin_spans: int = 0
+    """Spans that stayed exact for want of reference queries."""
     media_requests: int = 0
     """Requests that stay exact because they bring images, audio or video."""
     cache_queries: int = 0
@@ -102,6 +104,7 @@ class CompactionStats:
             or self.pressed_steps
             or self.reference_tokens
             or self.reference_shortfalls
+            or self.thin_spans
             or self.media_requests
             or self.cache_queries
             or self.cache_adoptions
@@ -124,6 +127,7 @@ class CompactionStats:
         self.mass_errors += other.mass_errors
         self.reference_tokens += other.reference_tokens
         self.reference_shortfalls += other.reference_shortfalls
+        self.thin_spans += other.thin_spans
         self.media_requests += other.media_requests
         self.cache_queries += other.cache_queries
         self.cache_hits += other.cache_hits

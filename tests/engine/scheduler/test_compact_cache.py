@@ -42,16 +42,16 @@ def test_a_chain_goes_last_each_block_once(pool):
 
 
 def test_an_entry_that_is_next_gets_its_chances(pool):
-    """And no more than these."""
-    from vllm_am.engine.scheduler.compact_cache import CHANCES, CompactCache
+    """As many as it has fewer blocks than its text had, and no more."""
+    from vllm_am.engine.scheduler.compact_cache import CompactCache
 
     cache = CompactCache(pool, 0, 16)
     (block,) = pool.get_new_blocks(1)
-    hashes = [bytes([i]) * 32 for i in range(4)]
-    entry = cache.publish(None, hashes, Segment(16, 32, 16, ()), 0, [block], [])
+    hashes = [bytes([i]) * 32 for i in range(8)]
+    entry = cache.publish(None, hashes, Segment(16, 96, 16, ()), 0, [block], [])
     assert entry is not None
     pool.free_blocks([block])
-    for left in range(CHANCES, 0, -1):
+    for left in range(5, 0, -1):
         pool.free_block_queue.remove(block)
         pool.free_block_queue.prepend_n([block])
         assert entry.chances == left

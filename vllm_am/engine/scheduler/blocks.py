@@ -24,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Slid
 from vllm.v1.request import Request
 
 from vllm_am.engine.messages import Attachment, Segment
-from vllm_am.engine.scheduler.compact_cache import CHANCES, CompactCache, Entry
+from vllm_am.engine.scheduler.compact_cache import CompactCache, Entry
 from vllm_am.engine.scheduler.planner import Span
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class CompactingManager(FullAttentionManager):
 
     def _attach(self, request_id: str, entry: Entry) -> None:
         self.block_pool.touch(entry.blocks)
-        entry.chances = CHANCES
+        entry.used(self.block_size)
         self.compacted.setdefault(request_id, CompactedBlocks()).add(entry)
         self._attached[request_id].append(entry.segment_id)
 

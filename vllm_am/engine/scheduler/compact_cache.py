@@ -7,9 +7,9 @@ they form a tree, of which a sequence stands on a chain.
 An entry's blocks are ordinary cached blocks of vLLM's pool, under keys of their own. So reference
 counts, eviction and ``reset_prefix_cache`` are vLLM's: what nobody uses is free, and gone when the
 first of its blocks has been handed out and lost its key. The order is that of the last use, with
-two exceptions. A block of an entry stands for as much text as many others, and costs a fit to make
-again: an entry that is next gets some more chances. And the exact blocks of its tokens, which
-nobody looks for any more, go before all others.
+two exceptions. A block of an entry stands for as much text as many others: an entry that is next
+goes to the end of the queue instead, as often as it has fewer blocks than its text had. And the
+exact blocks of its tokens, which nobody looks for any more, go before all others.
 
 vLLM's hash of the last block of a span covers every token up to there, the cache salt, the LoRA
 adapter and the images, so neither of these is asked for here.
@@ -38,9 +38,6 @@ from vllm_am.engine.messages import Segment
 
 #: Steps after which entries that have lost a block are looked for.
 SWEEP_STEPS = 64
-#: How often an entry goes to the end of the queue of free blocks, once it has come to its front,
-#: before it is handed out; counted anew when it is used.
-CHANCES = 4
 
 
 def _digest(*parts: bytes | int) -> BlockHash:
@@ -68,10 +65,17 @@ class Entry:
     block_keys: tuple[BlockHashWithGroupId, ...]
     before: tuple[KVCacheBlock, ...] = ()
     """Exact blocks in front of the first entry of a text, without which it is of no use."""
-    chances: int = CHANCES
+    chances: int = 0
+    """How often it goes to the end of the queue of free blocks yet, once it has come to its front,
+    before it is handed out."""
     named: int = 0
     """Names that it is pinned under, itself or as what others stand on."""
     children: dict[BlockHash, Entry] = field(default_factory=dict)
+
+    def used(self, block_size: int) -> None:
+        """Somebody begins with it, or has made it: it is as good as new."""
+        text = (self.segment.end - self.segment.start) // block_size
+        self.chances = text // len(self.blocks)
 
     @property
     def alive(self) -> bool:
@@ -195,6 +199,7 @@ class CompactCache:
             self._file(block, block_key)
             self._by_block[block_key] = entry
         siblings[key] = entry
+        entry.used(self._block_size)
         return entry
 
     def same(self, parent: Entry | None, hashes: Sequence[BlockHash], segment: Segment) -> Entry:

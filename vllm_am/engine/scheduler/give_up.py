@@ -1,4 +1,4 @@
-"""A fit has failed: the sequence stays as it is, and when it is tried again, if ever."""
+"""A fit has failed, or would: the sequence stays as it is; when it is tried again, if ever."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from vllm_am.engine.messages import TOO_LOSSY, FitReport
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.jobs import Job
 from vllm_am.engine.scheduler.journal import Journal
-from vllm_am.engine.scheduler.planner import Planner
+from vllm_am.engine.scheduler.planner import Planner, SequenceView, Span
+from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
 from vllm_am.engine.scheduler.sequences import SequenceOptions, Sequences
 
 
@@ -26,12 +27,30 @@ class Failures:
         sequences: Sequences,
         journal: Journal,
         max_error: float | None,
+        queries: ReferenceQueries,
     ) -> None:
         self._blocks = blocks
         self._planner = planner
         self._sequences = sequences
         self._journal = journal
         self._max_error = max_error
+        self._queries = queries
+
+    def lacks_queries(self, request: Request, span: Span, view: SequenceView) -> bool:
+        """Whether a sequence stays exact, as the query pool was full when its span was read.
+
+        Not where that is impossible: it is fitted to what there is.
+        """
+        options = self._sequences.options(request)
+        if view.computed < options.thin_until:
+            return True
+        if self._queries.suffice(span, options.sample_rate):
+            return False
+        if self._sequences.must_be_compacted(request):
+            return False
+        options.thin_until = view.computed + self._planner.min_span_tokens
+        self._journal.too_few_queries(request.request_id)
+        return True
 
     def give_up(self, job: Job, report: FitReport) -> None:
         """The target goes back; the fit is tried again once the sequence has grown."""

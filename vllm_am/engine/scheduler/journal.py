@@ -118,6 +118,18 @@ class Journal:
             report.mass_error,
         )
 
+    def too_few_queries(self, request_id: str) -> None:
+        """A sequence stays exact, since the query pool was full when it was read."""
+        log = logger.debug if self.totals.thin_spans else logger.warning
+        self.count(CompactionStats(thin_spans=1))
+        log(
+            "KV compaction: request %s stays exact: the query pool was full when it was read; more "
+            "sequences are read at once than it has room for: raise query_pool_share in "
+            "--kv-compaction-config (more of these are only counted: "
+            "vllm:kv_compaction_thin_spans_total)",
+            request_id,
+        )
+
     def looked_up(self, request_id: str, tokens: int) -> None:
         """A request was admitted that may begin on compacted prefixes.
 

@@ -34,11 +34,13 @@ class JobWork:
     """Of the statistics that pages are divided by; 0 where they are not."""
     fits: tuple[float, ...]
     """By head."""
+    measures: bool = True
+    """Whether the heads are measured before they are fitted."""
 
     @property
     def rounds(self) -> tuple[bool, ...]:
         """Whether each round measures: at first, where anything is measured."""
-        return (True, False) if self.measure else (False,)
+        return (True, False) if self.measures else (False,)
 
     def of(self, measures: bool, head: int) -> float:
         """Of one head, in one round."""
@@ -61,6 +63,10 @@ class Pace:
         self._measured: set[bool] = set()
         self._adapts = limits.config.step_ms is None
         self._steps: deque[float] = deque(maxlen=STEPS)
+        self._begun: float | None = None
+        """When the last step began; None where nobody was served behind it."""
+        self._fit_seconds = 0.0
+        """What fits have added since then."""
         self.pressed = False
         """Somebody waits for blocks in this step."""
         self.alone = False
@@ -74,6 +80,20 @@ class Pace:
         if not self._adapts or self.alone or not self._steps:
             return self._usual
         return min(self._usual, max(LEAST_SECONDS, statistics.median(self._steps)))
+
+    def begin_step(self, now: float) -> None:
+        """The time from one to the next is a step's, while somebody is served."""
+        if self._begun is not None:
+            self.note_step(now - self._begun - self._fit_seconds)
+        self._begun, self._fit_seconds = now, 0.0
+
+    def note_fits(self, seconds: float) -> None:
+        """What fits have added to this step."""
+        self._fit_seconds += seconds
+
+    def end_steps(self) -> None:
+        """Nobody is served any more."""
+        self._begun = None
 
     def note_step(self, seconds: float) -> None:
         """A step has taken so long, without its fits."""
@@ -97,7 +117,8 @@ class Pace:
         beside = 0.0 if known else measure
         every = by_head if by_head and len(by_head) == limits.heads else (slots,) * limits.heads
         fits = tuple(beside + fit_work(queries, tokens, each, dim) for each in every)
-        return JobWork(measure if limits.config.measures_scores else 0.0, fits)
+        measures = limits.config.measures_scores
+        return JobWork(measure if measures else 0.0, fits, measures)
 
     def seconds(self, measures: bool, work: float) -> float:
         """What so much work takes, as far as anybody knows."""

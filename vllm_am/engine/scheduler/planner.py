@@ -228,9 +228,14 @@ class Planner(Footprint):
         One whose end is not known is taken to live. For those to come it is made where they are
         known to begin with the same text. And a request can insist (``"force"``).
         """
-        if sequence.forced or span.wanted or sequence.steps_left is None:
+        tokens = span.end - span.start
+        return span.wanted or self.gains(tokens, span.slots, sequence.steps_left, sequence.forced)
+
+    def gains(self, tokens: int, slots: int, steps_left: int | None, forced: bool) -> bool:
+        """Whether a sequence itself gains by a compaction; see :meth:`pays`."""
+        if forced or steps_left is None:
             return True
-        return sequence.steps_left >= 2 * self.fit_steps(span.end - span.start, span.slots)
+        return steps_left >= 2 * self.fit_steps(tokens, slots)
 
     def _end(self, sequence: SequenceView) -> tuple[int, bool]:
         """Where the next span should end: with the text that others have, so that they share it;

@@ -67,10 +67,6 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     """While blocks are about to come back: wait for them rather than throw a sequence out."""
     _held_preemption = False
     """It did, in the last step."""
-    _last_schedule: float | None = None
-    """When the last step began; None where nobody was served behind it."""
-    _fit_seconds = 0.0
-    """What fits have added since then."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,7 +79,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         step = CompactionStep()
         self.compaction.commands.preload()
         self._settle_reported(step)
-        self._time_steps()
+        self.compaction.pace.begin_step(time.perf_counter())
         self.compaction.pace.pressed = self._somebody_waits()
         self.compaction.pace.alone = not self.running
         self._start_jobs()
@@ -114,21 +110,14 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             if isinstance(report, PartReport):
                 self.compaction.transfers.note(report)
             elif isinstance(report, FitTime):
-                self._fit_seconds += report.seconds
+                self.compaction.pace.note_fits(report.seconds)
                 self.compaction.journal.count(CompactionStats(step_seconds=[report.seconds]))
             else:
                 self.compaction.jobs.note(report)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self.running:
-            self._last_schedule = None
+            self.compaction.pace.end_steps()
         return outputs
-
-    def _time_steps(self) -> None:
-        """From one to the next, while somebody is served: what the model's own steps take."""
-        now = time.perf_counter()
-        if self._last_schedule is not None:
-            self.compaction.pace.note_step(now - self._last_schedule - self._fit_seconds)
-        self._last_schedule, self._fit_seconds = now, 0.0
 
     def _somebody_waits(self) -> bool:
         """For blocks, which compactions under way would give: then they may take longer steps."""
@@ -160,6 +149,9 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         jobs, shares = self.compaction.jobs, self.compaction.limits.caches_prefixes
         for span, view in self._due():
             if shares and view is not None and self._is_shared(span, view.computed):
+                continue
+            request = self.requests[span.request_id]
+            if view is not None and self.compaction.failures.lacks_queries(request, span, view):
                 continue
             if jobs.outstanding_seconds < self.compaction.pace.step_seconds:
                 after = span if view is None else self.after_passes(view, span)
@@ -211,8 +203,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             if request_id in self.passes:
                 wanted[request_id] = self.sampling_of_pass(request, count)
             else:
-                rate = self.compaction.sequences.options(request).sample_rate
-                wanted[request_id] = self.compaction.queries.sampling(request, count, rate)
+                sequences = self.compaction.sequences
+                rate = sequences.options(request).sample_rate
+                use = sequences.use_of_queries(request)
+                wanted[request_id] = self.compaction.queries.sampling(request, count, rate, use)
         return self.compaction.queries.sample(wanted)
 
     def _fits_on_policy(self, output: SchedulerOutput) -> Iterator[FitSlice]:
@@ -289,7 +283,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             return None
         request = self.requests[span.request_id]
         rate = self.compaction.sequences.options(request).sample_rate
-        if not self.compaction.queries.suffice_within(span, rate):
+        if not self.compaction.queries.suffice(span, rate):
             return None
         return self.compaction.sharing.key(request, span)
 
@@ -300,9 +294,12 @@ class CompactionSchedulerMixin(ReferencePassMixin):
             merges: the span is all that was compacted before.
             passes: on-policy, those of this step.
         """
+        request = self.requests[span.request_id]
         key = None if merges else self._key(span, passes)
         queries = self._choose_queries(span, key, passes)
-        request = self.requests[span.request_id]
+        if merges and not queries.positions:  # again when there is another segment
+            self.compaction.sequences.options(request).unmerged_end = span.end
+            return None
         job = self.compaction.jobs.start(request, span, queries, merges, key)
         if job is not None:
             shortfall = not merges and self.falls_short(span, on_policy=bool(passes))
@@ -349,7 +346,12 @@ class CompactionSchedulerMixin(ReferencePassMixin):
                 options.threshold_tokens is not None
                 and request.num_tokens > options.threshold_tokens
             ):
-                known = self.compaction.queries.blocks_with_queries(exact, options.sample_rate)
+                known = self.compaction.queries.blocks_with_queries(
+                    exact,
+                    options.sample_rate,
+                    request.num_prompt_tokens,
+                    self.compaction.sequences.use_of_queries(request),
+                )
                 most = min(most, known * self.compaction.limits.block_size)
             if most < tokens and self.compaction.blocks.windows:
                 # Asked again, not cut: layers with a window need what is in it where a hit ends.

@@ -11,6 +11,7 @@ from vllm_am.config import RequestOverrides
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.planner import Planner, SequenceView, Span
+from vllm_am.engine.scheduler.query_pool import Use
 from vllm_am.engine.scheduler.recent_prompts import RecentPrompts
 
 #: A ratio from here on gives no block back, so that such sequences are left alone. Tests raise it:
@@ -42,6 +43,8 @@ class SequenceOptions:
     """After a failed merge: end of its segments. It is tried again when there is another one."""
     outgrew: int = 0
     """How often it needed more than the whole pool because a fit had failed."""
+    thin_until: int = 0
+    """Its queries do not suffice: tokens to be computed before it is looked at again."""
     refusal: str = ""
     """Why it is finished with an error as soon as possible."""
 
@@ -142,6 +145,28 @@ class Sequences:
             steps_left=self._steps_left(request),
             forced=options.forced,
         )
+
+    def use_of_queries(self, request: Request) -> Use:
+        """What the queries of its prompt are going to be of use for, as far as can be told."""
+        options = self.options(request)
+        prompt, limit = request.num_prompt_tokens, options.threshold_tokens
+        if not options.enabled or (limit is not None and prompt + request.max_tokens <= limit):
+            return Use.PERHAPS
+        if self.must_be_compacted(request):
+            return Use.MUST
+        tokens = min(prompt, self._planner.longest_span)
+        slots = self._planner.span_slots(tokens, options.ratio)
+        if self._planner.gains(tokens, slots, request.max_tokens, options.forced):
+            return Use.OWN
+        shared = options.cache and (options.marked_end or self._common_end(request))
+        return Use.OTHERS if shared else Use.PERHAPS
+
+    def must_be_compacted(self, request: Request) -> bool:
+        """Whether the pool could not hold it otherwise, or some of it was compacted already."""
+        longest = min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
+        blocks = self._planner.blocks_to_grow(longest)
+        has_segments = bool(self._blocks.segments(request.request_id))
+        return has_segments or blocks > self._planner.num_blocks
 
     def _steps_left(self, request: Request) -> int | None:
         """See ``SequenceView``; None while its prompt is being read."""

@@ -91,7 +91,9 @@ class CompactionState:
             jobs=jobs,
             pace=pace,
             commits=Commits(blocks, queries, journal),
-            failures=Failures(blocks, planner, sequences, journal, limits.config.max_error),
+            failures=Failures(
+                blocks, planner, sequences, journal, limits.config.max_error, queries
+            ),
             journal=journal,
             names=names,
             transfers=transfers,
