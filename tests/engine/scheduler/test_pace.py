@@ -219,3 +219,8 @@ def test_without_a_bound_a_step_of_fits_is_as_long_as_one_of_the_model(make):
     given = make(step_ms=30).pace
     given.note_step(0.004)
     assert given.step_seconds == 0.03
+
+
+def test_a_fit_without_queries_is_measured_all_the_same(make):
+    """It fails in the measurement, with which the workers begin."""
+    assert make().pace.work(0, SPAN, SLOTS).rounds == (True, False)

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_am.engine.scheduler.query_pool import QueryPool, position_priority
+from vllm_am.engine.scheduler.query_pool import QueryPool, Use, position_priority
 
 NEVER = 1 << 30
 
@@ -302,3 +302,63 @@ class QueryPoolLife(RuleBasedStateMachine):
 
 TestQueryPoolLife = QueryPoolLife.TestCase
 TestQueryPoolLife.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# -- by use ---------------------------------------------------------------------------------------
+
+
+def take(pool, block, use, count=4):
+    """Sample ``count`` tokens of a block of four, all of them."""
+    pool.begin_step()
+    return len(pool.sample(lambda index: block + index, 0, count, 1.0, NEVER, use)[1])
+
+
+def test_samples_of_less_use_make_way():
+    """And nobody's of as much: who comes later gets what is left."""
+    pool = make_pool(capacity=12)
+    for block, use in ((1, Use.PERHAPS), (2, Use.OTHERS), (3, Use.OWN)):
+        assert take(pool, block, use) == 4
+    assert [pool.room(use) for use in Use] == [0, 4, 8, 12]
+    assert take(pool, 4, Use.OWN) == 4, "in place of what is perhaps of use"
+    assert [pool.count(block) for block in (1, 2, 3, 4)] == [0, 4, 4, 4]
+    assert take(pool, 5, Use.OTHERS) == 0 and take(pool, 6, Use.PERHAPS) == 0
+    assert take(pool, 7, Use.OWN) == 4
+    assert [pool.count(block) for block in (2, 3, 4, 7)] == [0, 4, 4, 4]
+    assert take(pool, 8, Use.OWN) == 0
+    pool.check()
+
+
+def test_samples_that_somebody_begins_with_are_of_use_to_it():
+    pool = make_pool(capacity=8)
+    take(pool, 1, Use.PERHAPS)
+    take(pool, 2, Use.PERHAPS)
+    pool.promote([1], Use.OWN)
+    pool.promote([1], Use.PERHAPS)  # never to less
+    assert take(pool, 3, Use.OTHERS) == 4
+    assert [pool.count(block) for block in (1, 2, 3)] == [4, 0, 4]
+    pool.forget([1])
+    assert take(pool, 1, Use.PERHAPS) == 4, "handed out anew"
+    assert take(pool, 4, Use.OTHERS) == 4
+    assert pool.count(1) == 0
+    pool.check()
+
+
+def test_those_that_must_have_some_share():
+    """In place of all others first, then alike among them."""
+    pool = make_pool(capacity=12)
+    take(pool, 1, Use.OWN)
+    take(pool, 2, Use.MUST)
+    take(pool, 3, Use.MUST)
+    assert take(pool, 4, Use.MUST) == 4
+    assert pool.count(1) == 0
+    pool.begin_step(wanted=4)
+    assert len(pool.sample(lambda index: 5, 0, 4, 1.0, NEVER, Use.MUST)[1]) >= 1
+    assert all(pool.count(block) >= 1 for block in (2, 3, 4, 5))
+    pool.check()
+
+
+def test_regular_positions_are_counted():
+    pool = make_pool(capacity=4096)
+    assert pool.regular(0, 1000, 1.0) == 1000
+    offsets, _ = pool.sample(lambda index: index, 100, 700, 0.3, NEVER)
+    assert pool.regular(100, 800, 0.3) == len(offsets)

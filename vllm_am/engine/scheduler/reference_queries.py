@@ -228,16 +228,22 @@ class ReferenceQueries:
         for number, ids in enumerate(block_ids):
             self._pool.forget(ids[fresh:] if number == group else ids)
 
-    def sampling(self, request: Request, count: int, rate: float, use: Use) -> Sampling:
+    def sampling(
+        self, request: Request, count: int, rate: float, use_of: Callable[[Request], Use]
+    ) -> Sampling:
         """What is kept of the ``count`` tokens that a user's request computes in this step.
 
         Also of requests that will not be compacted: their blocks may be another's prefix.
+
+        Args:
+            use_of: asked once, when the first of its tokens are computed.
         """
         blocks = self._blocks.req_to_blocks[request.request_id]
         reading = self._reading.get(request.request_id)
         if reading is None:
-            reading = self._reading[request.request_id] = self._begin(request, count, rate, use)
-        reading.left -= min(reading.left, rate * count)
+            reading = self._reading[request.request_id] = self._begin(
+                request, count, rate, use_of(request)
+            )
         reads_prompt = request.num_computed_tokens <= request.num_prompt_tokens
         tail = max(0, request.num_prompt_tokens - PROMPT_TAIL_POSITIONS)
         return Sampling(
@@ -284,6 +290,8 @@ class ReferenceQueries:
             )
             if len(slots):
                 samples[request_id] = QuerySample(offsets, slots)
+            if reading := self._reading.get(request_id):
+                reading.left -= min(reading.left, s.rate * s.count)
         return samples
 
     # -- of compacted tokens --------------------------------------------------------------------

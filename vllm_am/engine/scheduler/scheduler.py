@@ -204,9 +204,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
                 wanted[request_id] = self.sampling_of_pass(request, count)
             else:
                 sequences = self.compaction.sequences
-                rate = sequences.options(request).sample_rate
-                use = sequences.use_of_queries(request)
-                wanted[request_id] = self.compaction.queries.sampling(request, count, rate, use)
+                rate, use_of = sequences.options(request).sample_rate, sequences.use_of_queries
+                wanted[request_id] = self.compaction.queries.sampling(request, count, rate, use_of)
         return self.compaction.queries.sample(wanted)
 
     def _fits_on_policy(self, output: SchedulerOutput) -> Iterator[FitSlice]:
