@@ -359,8 +359,11 @@ def test_a_reset_forgets_them(tiny_model):
         assert len(list(engine.scheduler.compaction.blocks.cache.entries())) == 1
 
 
-def test_an_entry_outlasts_exact_blocks_that_were_used_later(tiny_model):
-    """Unused, it stays while the pool is handed out several times over; used, again so long."""
+def test_an_entry_outlasts_exact_blocks_that_were_used_later(tiny_model, monkeypatch):
+    """Unused, it stays while other blocks are free; where entries are many, while the pool is
+    handed out several times over, and used, again so long."""
+    from vllm_am.engine.scheduler import compact_cache
+
     rng = random.Random(20)
     first, later = questions(rng, 2)
     small = {"num_gpu_blocks_override": 65, "max_model_len": 1024}
@@ -378,6 +381,10 @@ def test_an_entry_outlasts_exact_blocks_that_were_used_later(tiny_model):
             assert engine.totals.compactions == 1
             assert engine.totals.cache_hits == turn + 1
         others(engine, 30, "long-")
+        engine.run([later], names="kept-")
+        assert engine.totals.compactions == 1
+        monkeypatch.setattr(compact_cache, "KEPT_SHARE", 0)
+        others(engine, 30, "longer-")
         engine.run([later], names="last-")
         assert engine.totals.compactions == 2, "it is not kept for ever"
 

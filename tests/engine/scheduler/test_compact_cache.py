@@ -41,8 +41,9 @@ def test_a_chain_goes_last_each_block_once(pool):
     assert other.block_id not in after[-3:]
 
 
-def test_an_entry_that_is_next_gets_its_chances(pool):
-    """As many as it has fewer blocks than its text had, and no more."""
+def test_an_entry_that_is_next_gets_its_chances(pool, monkeypatch):
+    """As many as it has fewer blocks than its text had, where entries hold much of the pool."""
+    from vllm_am.engine.scheduler import compact_cache
     from vllm_am.engine.scheduler.compact_cache import CompactCache
 
     cache = CompactCache(pool, 0, 16)
@@ -51,6 +52,12 @@ def test_an_entry_that_is_next_gets_its_chances(pool):
     entry = cache.publish(None, hashes, Segment(16, 96, 16, ()), 0, [block], [])
     assert entry is not None
     pool.free_blocks([block])
+    for _ in range(9):
+        pool.free_block_queue.remove(block)
+        pool.free_block_queue.prepend_n([block])
+        cache.give_chances(1)
+        assert free_ids(pool)[-1] == block.block_id, "few are always handed out last"
+    monkeypatch.setattr(compact_cache, "KEPT_SHARE", 0)
     for left in range(5, 0, -1):
         pool.free_block_queue.remove(block)
         pool.free_block_queue.prepend_n([block])

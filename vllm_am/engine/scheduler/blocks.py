@@ -265,7 +265,16 @@ class CompactingManager(FullAttentionManager):
             **kwargs,
         )
         # They leave the free queue with the request.
-        return needed + sum(block.ref_cnt == 0 for entry in chain for block in entry.blocks)
+        needed += sum(block.ref_cnt == 0 for entry in chain for block in entry.blocks)
+        return needed if chain else needed + self._kept_from(request_id)
+
+    def _kept_from(self, request_id: str) -> int:
+        """Free blocks of entries that a new request does not get, as long as it can wait for those
+        of sequences that run: who is admitted in their place would have them made again."""
+        if request_id in self.req_to_blocks or not any(self.req_to_blocks.values()):
+            return 0
+        used = sum(len(e.blocks) for state in self.compacted.values() for e in state.entries)
+        return max(0, self.cache.kept - used)
 
     def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
         """Before any new block is taken: it might be one of the chain's."""

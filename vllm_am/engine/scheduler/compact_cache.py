@@ -7,9 +7,10 @@ they form a tree, of which a sequence stands on a chain.
 An entry's blocks are ordinary cached blocks of vLLM's pool, under keys of their own. So reference
 counts, eviction and ``reset_prefix_cache`` are vLLM's: what nobody uses is free, and gone when the
 first of its blocks has been handed out and lost its key. The order is that of the last use, with
-two exceptions. A block of an entry stands for as much text as many others: an entry that is next
-goes to the end of the queue instead, as often as it has fewer blocks than its text had. And the
-exact blocks of its tokens, which nobody looks for any more, go before all others.
+two exceptions. A block of an entry stands for as much text as many others, and a fit: up to
+:data:`KEPT_SHARE` of the pool, no entry is handed out while any other block is free; beyond that,
+one that is next goes to the end of the queue as often as it has fewer blocks than its text had. And
+the exact blocks of its tokens, which nobody looks for any more, go before all others.
 
 vLLM's hash of the last block of a span covers every token up to there, the cache salt, the LoRA
 adapter and the images, so neither of these is asked for here.
@@ -38,6 +39,9 @@ from vllm_am.engine.messages import Segment
 
 #: Steps after which entries that have lost a block are looked for.
 SWEEP_STEPS = 64
+#: Of the pool, what entries hold that are handed out after all other blocks: what is evicted under
+#: pressure is wanted again under pressure, and then made again.
+KEPT_SHARE = 1 / 4
 
 
 def _digest(*parts: bytes | int) -> BlockHash:
@@ -292,9 +296,15 @@ class CompactCache:
             if not (fresh := [entry for number, entry in due.items() if number not in given]):
                 return
             for entry in fresh:
-                entry.chances -= 1
+                if len(self._by_block) > KEPT_SHARE * self._pool.num_gpu_blocks:
+                    entry.chances -= 1
                 self._hand_out_last(entry)
             given |= due.keys()
+
+    @property
+    def kept(self) -> int:
+        """Blocks that are handed out after all others: nobody is admitted on them who can wait."""
+        return min(len(self._by_block), int(KEPT_SHARE * self._pool.num_gpu_blocks))
 
     def _free_blocks(self) -> Iterator[KVCacheBlock]:
         """In the order in which they are handed out."""
