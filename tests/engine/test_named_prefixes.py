@@ -340,6 +340,11 @@ def test_numbers_that_are_not_finite(tiny_model, tmp_path, saved, part):
         assert engine.used_blocks == 0
         assert ask(engine, "list") == {"prefixes": []}
         assert ask(engine, "load", name="x", path=str(saved))["tokens"] == TOKENS
+    with (
+        pytest.raises(CompactionConfigError, match=r"--kv-compaction-preload: .*is not finite"),
+        driver.start(tiny_model, {**EXACT, "preload": [str(path)]}),
+    ):
+        pass
 
 
 def test_a_folder_that_cannot_be_written(tiny_model, tmp_path):

@@ -85,6 +85,8 @@ def check_preload(vllm_config: VllmConfig, limits: EngineLimits) -> None:
     for path in limits.config.preload:
         try:
             file = checked_file(Path(path), vllm_config, limits, any_options=False)
+            for name in file.header.names:
+                file.read_heads(name, file.header.heads)
         except PrefixFileError as error:
             raise CompactionConfigError(f"--kv-compaction-preload: {error}") from None
         if file.header.ratio != limits.config.ratio:

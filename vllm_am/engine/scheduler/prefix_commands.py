@@ -73,6 +73,8 @@ class PrefixCommands:
             "save": self.save,
             "load": self.load,
         }
+        self._hashed: tuple[str | None, Sequence[int], Sequence[BlockHash]] | None = None
+        """Of the last text: it is asked for again and again until it is there."""
         self._to_preload = [self._checked(Path(path), False) for path in limits.config.preload]
         self._check_preload()
 
@@ -202,7 +204,10 @@ class PrefixCommands:
         """Begin to load what is to be loaded at startup; of no effect afterwards."""
         files, self._to_preload = self._to_preload, []
         for file in files:
-            self._load(prefix_name(file.path), file)
+            try:
+                self._load(prefix_name(file.path), file)
+            except PrefixRefused as refused:  # there was room when the engine started
+                self._journal.prefix_loaded(file, refusal(refused.why, str(refused)))
 
     @property
     def waits(self) -> bool:
@@ -213,6 +218,8 @@ class PrefixCommands:
 
     def _hashes(self, token_ids: Sequence[int], salt: str | None) -> Sequence[BlockHash]:
         """Of a text's blocks, as vLLM has them for requests without adapters and images."""
+        if self._hashed is not None and self._hashed[:2] == (salt, token_ids):
+            return self._hashed[2]
         algorithm = self._vllm_config.cache_config.prefix_caching_hash_algo
         pool = self._blocks.block_pool
         hasher = get_request_block_hasher(pool.hash_block_size, get_hash_fn_by_name(algorithm))
@@ -220,6 +227,7 @@ class PrefixCommands:
         request = Request(
             UTILITY, list(token_ids), params, None, cache_salt=salt, block_hasher=hasher
         )
+        self._hashed = salt, token_ids, request.block_hashes
         return request.block_hashes
 
     def _chain(self, hashes: Sequence[BlockHash], tokens: int, ratio: float) -> tuple[Entry, ...]:

@@ -142,11 +142,12 @@ class Transfers:
         new = (0 if cached else count) + sum(blocks for _, blocks in segments)
         # Those in front may be held by another name already; to count them is on the safe side.
         self._names.check_room(new + len(cached or ()), name)
-        if new > pool.get_num_free_blocks():
+        needed = new + sum(block.ref_cnt == 0 for block in cached or ())
+        if needed > pool.get_num_free_blocks():
             free = pool.get_num_free_blocks()
             raise PrefixRefused(
                 Refusal.NO_ROOM,
-                f"name={name!r}: {new} KV blocks are needed, and {free} are free now; try again "
+                f"name={name!r}: {needed} KV blocks are needed, and {free} are free now; try again "
                 "later",
             )
         if cached is not None:
@@ -162,13 +163,14 @@ class Transfers:
             exact = Segment(0, header.start, header.start, tuple(b.block_id for b in front))
             transfer.parts.append(LoadedPart(number, PROTECTED, str(file.path), None, exact))
         names = list(header.names)[1:]
-        for part, (start, end), (slots, needed) in zip(names, header.spans, segments, strict=True):
-            target, segment_id = pool.get_new_blocks(needed), self._next_id()
+        for part, (start, end), (slots, blocks) in zip(names, header.spans, segments, strict=True):
+            target, segment_id = pool.get_new_blocks(blocks), self._next_id()
             transfer.held.extend(target)
             segment = Segment(start, end, slots, tuple(b.block_id for b in target))
             transfer.targets.append((segment, segment_id, target))
             transfer.parts.append(LoadedPart(number, part, str(file.path), segment_id, segment))
-        self._query_pool.forget([block.block_id for block in transfer.held])
+        own = transfer.held if cached is None else transfer.held[count:]
+        self._query_pool.forget([block.block_id for block in own])
         return self._begin(transfer)
 
     def _begin(self, transfer: Transfer) -> Future[Answer]:
