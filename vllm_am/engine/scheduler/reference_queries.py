@@ -19,9 +19,9 @@ from vllm_am.engine.scheduler.planner import Span
 from vllm_am.engine.scheduler.query_pool import Owner, QueryPool, Use
 from vllm_am.engine.scheduler.query_sources import select, shifts_behind, thin
 
-#: Share of its regular sample that a span is fitted to at least. Of the bundled model's facts at 20x
-#: the whole sample keeps 98 to 100 %, three quarters of it 95 to 96, a half 92 to 94, a quarter 67 to
-#: 78 (benchmarks/results/quality-queries.md), and the held-out error does not tell.
+#: Share of its regular sample that a span is fitted to at least. Of the bundled model's facts at
+#: 20x the whole sample keeps 98 to 100 %, three quarters of it 95 to 96, a half 92 to 94, a quarter
+#: 67 to 78 (benchmarks/results/quality-queries.md), and the held-out error does not tell.
 SUFFICIENT_SHARE = 0.9
 
 #: The same of cached blocks that a sequence begins on which the pool could not hold as it is.
