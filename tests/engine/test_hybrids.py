@@ -88,6 +88,7 @@ def test_a_quarter_frees_the_blocks_of_the_formula(gemma):
             held[name.partition("-")[0]] = blocks.held_blocks(name), most
 
     compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "budgets": "global"}
+    compaction["query_pool_share"] = 1.0  # all of them are read at once
     with driver.start(gemma, compaction, enable_prefix_caching=False) as engine:
         engine.before_step = look
         engine.run(asks)
