@@ -67,7 +67,8 @@ async def _compact(
 ) -> dict[str, Any]:
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    from vllm_am.engine.frontend.prefixes import Prefixes, Refused, prefix_of_chats
+    from vllm_am.engine.frontend.prefixes import Prefixes, prefix_of_chats
+    from vllm_am.engine.prefix_requests import PrefixRefused
 
     prefixes = Prefixes(engine)
     try:
@@ -84,6 +85,6 @@ async def _compact(
             ids = await prefix_of_chats(renderer, [{"role": role.value, "content": text}])
         await prefixes.create(out.stem, ids, salt=salt)
         answers = await prefixes.ask("save", name=out.stem, path=str(out.absolute()))
-    except Refused as refused:
+    except PrefixRefused as refused:
         raise NotCompacted(str(refused)) from None
     return {**answers[0], "of": len(ids)}

@@ -131,6 +131,7 @@ def test_a_header_that_is_wrong(path, metadata, header, message):
         ({"0.L0H0.bias": torch.zeros(3).half()}, "0.L0H0.bias: is not there"),
         ({"0.L0H0.keys": torch.zeros(65, 8).bfloat16()}, "0.L0H0.* is not there, or of another"),
         ({TOKEN_IDS: torch.zeros(5, dtype=torch.int32)}, "token_ids: are not those of 128"),
+        ({"0.L0H0.keys": torch.tensor(1.0).bfloat16()}, "0.L0H0.* is not there, or of another"),
         ({TOKEN_IDS: None}, "token_ids: are not those of 128"),
     ],
 )

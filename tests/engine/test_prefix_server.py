@@ -159,7 +159,7 @@ def test_a_file_that_is_none(server):
     assert "is no compacted prefix" in found.text
     (server.folder / "broken.kv").write_bytes(b"\xff" * 40)
     assert call(server, "POST", PREFIXES, name="broken", load=True).status_code == 400
-    assert cached(answer(server, TASKS[0].question.text)) >= 0
+    assert answer(server, TASKS[0].question.text)["choices"]
 
 
 def test_a_document_is_compacted_once_and_served_elsewhere(tmp_path):

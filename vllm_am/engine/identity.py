@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,23 @@ def model_digest(vllm_config: VllmConfig) -> str:
     """
     model = vllm_config.model_config
     config = {k: v for k, v in model.hf_text_config.to_dict().items() if k not in _VOLATILE}
-    found = hashlib.sha256(_digest({"config": config, "quantized": model.quantization}).encode())
-    for path in _weight_files(str(model.model), model.revision):
+    weights = _weights_digest(str(model.model), model.revision)
+    return _digest({"config": config, "quantized": model.quantization, "weights": weights})
+
+
+@cache
+def _weights_digest(model: str, revision: str | None) -> str:
+    """Of the files as they are when it is first asked for: what an engine has loaded. Not read
+    again for every file, which may be while others are served."""
+    found = hashlib.sha256()
+    for path in _weight_files(model, revision):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             found.update(file.read(_PIECE))
             file.seek(max(0, size - _PIECE))
             found.update(file.read(_PIECE))
-    return f"sha256:{found.hexdigest()}"
+    return found.hexdigest()
 
 
 def _weight_files(model: str, revision: str | None) -> Iterator[Path]:

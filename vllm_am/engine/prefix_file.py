@@ -226,7 +226,8 @@ class PrefixFile:
 def _slots_of(shapes: dict[str, Any], header: PrefixHeader, name: str, head: str) -> int:
     """How many slots a head has in a span; takes its tensors out of ``shapes``."""
     keys, dtype = f"{name}.{head}.keys", _DTYPES[header.dtype]
-    count = shapes.get(keys, ((-1,), ""))[0][0]
+    shape = shapes.get(keys, ((), ""))[0]
+    count = shape[0] if shape else -1
     expected: dict[str, Any] = {keys: ((count, header.head_dim), dtype)}
     expected[f"{name}.{head}.values"] = expected[keys]
     if name == PROTECTED:
@@ -278,9 +279,7 @@ def write_part(path: Path, name: str, heads: Mapping[str, Mapping[str, torch.Ten
     save_file(tensors, path)
 
 
-def join_parts(
-    path: Path, header: PrefixHeader, token_ids: Sequence[int], transfer: str
-) -> PrefixFile:
+def join_parts(path: Path, header: PrefixHeader, token_ids: Sequence[int], transfer: str) -> None:
     """Make the file of all ranks' parts, which are deleted; nobody ever sees half of it.
 
     Raises:
@@ -295,7 +294,6 @@ def join_parts(
     PrefixFile.read(whole)
     os.replace(whole, path)
     delete_parts(path, transfer)
-    return PrefixFile.read(path)
 
 
 def parts_of(path: Path, transfer: str) -> list[Path]:

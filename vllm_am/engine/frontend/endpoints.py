@@ -28,13 +28,20 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_am.config import CONFIG_KEY, CompactionConfig, CompactionConfigError, parse_ratio
-from vllm_am.engine.frontend.prefixes import Prefixes, Refused, prefix_of_chats
+from vllm_am.engine.frontend.prefixes import Prefixes, prefix_of_chats
+from vllm_am.engine.prefix_requests import Answer, PrefixRefused, Refusal
 
 ROUTE = "/v1/kv_compaction/prefixes"
 #: Ending of saved prefixes.
 ENDING = ".kv"
 _NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
-_STATUS = {"unknown": 404, "taken": 409, "no-room": 409, "wrong": 400, "off": 400}
+_STATUS = {
+    Refusal.UNKNOWN: 404,
+    Refusal.TAKEN: 409,
+    Refusal.NO_ROOM: 409,
+    Refusal.WRONG: 400,
+    Refusal.OFF: 400,
+}
 
 router = APIRouter()
 Name = Annotated[str, PathParameter(pattern=_NAME)]
@@ -66,15 +73,15 @@ async def create(new: NewPrefix, raw: Request) -> JSONResponse:
     return await answered(_create(new, raw))
 
 
-async def _create(new: NewPrefix, raw: Request) -> dict[str, Any]:
+async def _create(new: NewPrefix, raw: Request) -> Answer:
     given = [field for field in ("messages", "prompt", "load") if getattr(new, field)]
     if len(given) != 1:
-        raise Refused("wrong", "give one of messages, prompt and load")
+        raise PrefixRefused(Refusal.WRONG, "give one of messages, prompt and load")
     prefixes = Prefixes(raw.app.state.engine_client)
     if new.load:
         path = _folder(raw) / f"{new.name}{ENDING}"
         if not path.is_file():
-            raise Refused("unknown", f"name={new.name!r}: there is no such file")
+            raise PrefixRefused(Refusal.UNKNOWN, f"name={new.name!r}: there is no such file")
         return await prefixes.load(new.name, str(path), new.force)
     if new.messages is not None:
         renderer = raw.app.state.online_renderer
@@ -84,7 +91,7 @@ async def _create(new: NewPrefix, raw: Request) -> dict[str, Any]:
     try:
         ratio = None if new.ratio is None else parse_ratio(new.ratio, "ratio")
     except CompactionConfigError as error:
-        raise Refused("wrong", str(error)) from None
+        raise PrefixRefused(Refusal.WRONG, str(error)) from None
     return await prefixes.create(new.name, ids, ratio, new.cache_salt)
 
 
@@ -106,35 +113,35 @@ async def save(name: Name, raw: Request) -> JSONResponse:
     return await answered(_save(name, raw))
 
 
-async def _save(name: str, raw: Request) -> dict[str, Any]:
+async def _save(name: str, raw: Request) -> Answer:
     return await _first(raw, "save", name=name, path=str(_folder(raw) / f"{name}{ENDING}"))
 
 
-async def _first(raw: Request, action: str, **arguments: Any) -> dict[str, Any]:
+async def _first(raw: Request, action: str, **arguments: Any) -> Answer:
     answers = await Prefixes(raw.app.state.engine_client).ask(action, **arguments)
     return answers[0]
 
 
 def _folder(raw: Request) -> Path:
-    """Where files are; raises :class:`Refused` where there are to be none."""
+    """Where files are; raises :class:`PrefixRefused` where there are to be none."""
     options = (raw.app.state.vllm_config.additional_config or {}).get(CONFIG_KEY)
     folder = None if options is None else CompactionConfig.from_dict(options).prefix_folder
     if folder is None:
-        raise Refused(
-            "off",
+        raise PrefixRefused(
+            Refusal.OFF,
             "this server neither saves nor loads prefixes: start it with "
             '--kv-compaction-config \'{"prefix_folder": "FOLDER"}\'',
         )
     return Path(folder)
 
 
-async def answered(doing: Awaitable[dict[str, Any]]) -> JSONResponse:
+async def answered(doing: Awaitable[Answer]) -> JSONResponse:
     """What was done, or why not, in the form of vLLM's other errors."""
     try:
         return JSONResponse(await doing)
-    except Refused as refused:
+    except PrefixRefused as refused:
         status = _STATUS[refused.why]
-        error = {"message": str(refused), "type": refused.why, "param": None, "code": status}
+        error = {"message": str(refused), "type": refused.why.value, "param": None, "code": status}
         return JSONResponse({"error": error}, status)
 
 

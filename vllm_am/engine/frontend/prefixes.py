@@ -21,9 +21,8 @@ from vllm_am.config import PREFIX_TOKENS_FIELD, CompactionConfigError, RequestOv
 from vllm_am.engine.frontend.marked_prefix import common_length
 from vllm_am.engine.frontend.request_params import is_on
 from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.prefix_requests import UTILITY, Answer, PrefixRefused, Refusal
 
-#: Of ``EngineCore``: see ``scheduler/prefix_commands.py``.
-UTILITY = "kv_compaction_prefixes"
 #: Seconds between two looks at what is being compacted.
 POLL_SECONDS = 0.05
 #: Looks without anything happening after which it is taken that nothing will.
@@ -36,14 +35,6 @@ MOST_TOKENS = 4096
 _ENDS = ("\n\nA", " b")
 
 
-class Refused(Exception):
-    """What was asked of named prefixes is not done; nothing has changed."""
-
-    def __init__(self, why: str, says: str) -> None:
-        super().__init__(says)
-        self.why = why
-
-
 class Prefixes:
     """Named prefixes of all engines behind one front end."""
 
@@ -51,25 +42,23 @@ class Prefixes:
         self._engine = engine
         self._vllm_config = engine.vllm_config
 
-    async def ask(self, action: str, **arguments: Any) -> list[dict[str, Any]]:
+    async def ask(self, action: str, **arguments: Any) -> list[Answer]:
         """What each engine answers.
 
         Raises:
-            Refused: by one of them.
+            PrefixRefused: by one of them.
         """
         answers = await self._ask(action, arguments)
         for answer in answers:
             if "refused" in answer:
-                raise Refused(answer["refused"], answer["says"])
+                raise PrefixRefused(Refusal(answer["refused"]), answer["says"])
         return answers
 
-    async def _ask(self, action: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    async def _ask(self, action: str, arguments: dict[str, Any]) -> list[Answer]:
         if not is_on(self._vllm_config):
-            raise Refused("off", "this server has no --kv-compaction")
+            raise PrefixRefused(Refusal.OFF, "this server has no --kv-compaction")
         core: Any = self._engine.engine_core
-        answers: list[dict[str, Any]] = await core.call_utility_all_async(
-            UTILITY, action, arguments
-        )
+        answers: list[Answer] = await core.call_utility_all_async(UTILITY, action, arguments)
         return answers
 
     async def create(
@@ -78,7 +67,7 @@ class Prefixes:
         token_ids: Sequence[int],
         ratio: float | None = None,
         salt: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Have a text compacted, on every engine, and give it a name.
 
         Args:
@@ -89,7 +78,7 @@ class Prefixes:
             its description; it may end before the text, where its last part was not compacted.
 
         Raises:
-            Refused: by an engine, or it cannot be compacted.
+            PrefixRefused: by an engine, or it cannot be compacted.
         """
         self._check(token_ids, ratio)
         size = self._vllm_config.cache_config.block_size
@@ -114,7 +103,7 @@ class Prefixes:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def load(self, name: str, path: str, any_options: bool = False) -> dict[str, Any]:
+    async def load(self, name: str, path: str, any_options: bool = False) -> Answer:
         """Read a saved prefix, on every engine; on all of them, or on none.
 
         Args:
@@ -122,22 +111,22 @@ class Prefixes:
             any_options: it may have been compacted with other options.
 
         Raises:
-            Refused: by one of them.
+            PrefixRefused: by one of them.
         """
         try:
             answers = await self.ask("load", name=name, path=path, any_options=any_options)
-        except Refused as refused:
-            if refused.why != "taken":
+        except PrefixRefused as refused:
+            if refused.why is not Refusal.TAKEN:
                 await self._ask("drop", {"name": name})
             raise
         return answers[0]
 
     def _check(self, token_ids: Sequence[int], ratio: float | None) -> None:
-        """Raises :class:`Refused` for a text that no request could begin with."""
+        """Raises :class:`PrefixRefused` for a text that no request could begin with."""
         limits = EngineLimits.from_vllm_config(self._vllm_config)
         if len(token_ids) >= limits.max_model_len:
-            raise Refused(
-                "wrong",
+            raise PrefixRefused(
+                Refusal.WRONG,
                 f"the text has {len(token_ids)} tokens, and --max-model-len is "
                 f"{limits.max_model_len}",
             )
@@ -146,11 +135,11 @@ class Prefixes:
             blocks = self._vllm_config.cache_config.num_gpu_blocks or 1 << 62
             limits.check_request(overrides, len(token_ids), len(token_ids) + 1, blocks)
         except CompactionConfigError as error:
-            raise Refused("wrong", str(error)) from None
+            raise PrefixRefused(Refusal.WRONG, str(error)) from None
 
     async def _follow(
         self, pin: dict[str, Any], wanted: int, running: Sequence[asyncio.Task[None]]
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Until all of it is there, or nothing happens any more."""
         patience, before = PATIENCE, -1
         while True:
@@ -160,7 +149,7 @@ class Prefixes:
                 return answers[0]
             for task in running:
                 if task.done() and (error := task.exception()) is not None:
-                    raise Refused("wrong", str(error))
+                    raise PrefixRefused(Refusal.WRONG, str(error))
             reached = min(answer["reached"] for answer in behind)
             busy = not all(task.done() for task in running)
             if busy or reached > before or any(answer["coming"] for answer in behind):
@@ -169,8 +158,8 @@ class Prefixes:
                 patience -= 1
             if not patience:
                 if not reached:
-                    raise Refused(
-                        "wrong", "the text could not be compacted; the server's log says why"
+                    raise PrefixRefused(
+                        Refusal.WRONG, "the text could not be compacted; the server's log says why"
                     )
                 wanted = reached
             await asyncio.sleep(POLL_SECONDS)
@@ -206,7 +195,7 @@ class Prefixes:
 
 
 async def prefix_of_chats(
-    renderer: OnlineRenderer, messages: list[dict[str, Any]], goes_on: bool | None = None
+    renderer: OnlineRenderer, messages: list[Answer], goes_on: bool | None = None
 ) -> list[int]:
     """What all prompts have in common that begin with these messages.
 
@@ -215,7 +204,7 @@ async def prefix_of_chats(
             those of users.
 
     Raises:
-        Refused: it is no chat.
+        PrefixRefused: it is no chat.
     """
     last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
     text, role = last.get("content"), last.get("role")
@@ -223,7 +212,7 @@ async def prefix_of_chats(
         goes_on = role == "user"
     if goes_on:
         if not isinstance(text, str):
-            raise Refused("wrong", "messages: the content of the last one is no text")
+            raise PrefixRefused(Refusal.WRONG, "messages: the content of the last one is no text")
         ends = [[*messages[:-1], {**last, "content": text + end}] for end in _ENDS]
     else:
         other = "assistant" if role == "user" else "user"
@@ -232,13 +221,13 @@ async def prefix_of_chats(
     return one[: common_length(one, other_ids)]
 
 
-async def _rendered(renderer: OnlineRenderer, messages: list[dict[str, Any]]) -> list[int]:
+async def _rendered(renderer: OnlineRenderer, messages: list[Answer]) -> list[int]:
     try:
         request = ChatCompletionRequest(messages=messages, model="")
         rendered = await renderer.render_chat(request)
         ids: list[int] = rendered[1][0]["prompt_token_ids"]
         return ids
     except Exception as error:
-        raise Refused(
-            "wrong", f"messages: cannot be written as a prompt ({str(error)[:300]})"
+        raise PrefixRefused(
+            Refusal.WRONG, f"messages: cannot be written as a prompt ({str(error)[:300]})"
         ) from None

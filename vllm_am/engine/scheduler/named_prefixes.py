@@ -8,32 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
+from vllm_am.engine.prefix_requests import Answer, PrefixRefused, Refusal
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.compact_cache import Entry
 from vllm_am.engine.scheduler.planner import Planner
-
-
-class Refusal(StrEnum):
-    """Why something that was asked of named prefixes is not done."""
-
-    UNKNOWN = "unknown"
-    TAKEN = "taken"
-    NO_ROOM = "no-room"
-    WRONG = "wrong"
-    OFF = "off"
-
-
-class PrefixRefused(Exception):
-    """It is not done; nothing has changed."""
-
-    def __init__(self, why: Refusal, says: str) -> None:
-        super().__init__(says)
-        self.why = why
 
 
 @dataclass(frozen=True)
@@ -49,7 +30,7 @@ class NamedPrefix:
     blocks: tuple[KVCacheBlock, ...]
     """All that it holds: the exact ones in front, then the entries'."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Answer:
         """For whoever asks, in JSON's types; neither the text nor the salt."""
         spans = [[entry.segment.start, entry.segment.end] for entry in self.chain]
         return {

@@ -27,21 +27,14 @@ from vllm_am.engine.identity import checked_file, header_for
 from vllm_am.engine.layers import full_layers
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.prefix_file import PrefixFile, PrefixFileError
+from vllm_am.engine.prefix_requests import UTILITY, Answer, PrefixRefused, Refusal, refusal
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.compact_cache import Entry
 from vllm_am.engine.scheduler.jobs import Jobs
 from vllm_am.engine.scheduler.journal import Journal
-from vllm_am.engine.scheduler.named_prefixes import (
-    NamedPrefixes,
-    PrefixRefused,
-    Refusal,
-    blocks_in_front,
-)
+from vllm_am.engine.scheduler.named_prefixes import NamedPrefixes, blocks_in_front
 from vllm_am.engine.scheduler.planner import Planner
-from vllm_am.engine.scheduler.transfers import Answer, Transfers, refusal
-
-#: Of ``EngineCore``: the method that front ends call.
-UTILITY = "kv_compaction_prefixes"
+from vllm_am.engine.scheduler.transfers import Transfers
 
 
 class PrefixCommands:

@@ -150,10 +150,10 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         for span, view in self._due():
             if shares and view is not None and self._is_shared(span, view.computed):
                 continue
-            request = self.requests[span.request_id]
-            if view is not None and self.compaction.failures.lacks_queries(request, span, view):
-                continue
             if jobs.outstanding_seconds < self.compaction.pace.step_seconds:
+                request = self.requests[span.request_id]
+                if view is not None and self.compaction.failures.lacks_queries(request, span, view):
+                    continue
                 after = span if view is None else self.after_passes(view, span)
                 if after is not None:
                     self._start_job(after, merges=view is None)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
@@ -25,18 +24,11 @@ from vllm_am.engine.prefix_file import (
     delete_parts,
     join_parts,
 )
+from vllm_am.engine.prefix_requests import Answer, PrefixRefused, Refusal, refusal
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.compact_cache import Entry
-from vllm_am.engine.scheduler.named_prefixes import (
-    NamedPrefix,
-    NamedPrefixes,
-    PrefixRefused,
-    Refusal,
-)
+from vllm_am.engine.scheduler.named_prefixes import NamedPrefix, NamedPrefixes
 from vllm_am.engine.scheduler.query_pool import QueryPool
-
-#: What is told to whoever asked: JSON's types.
-Answer = dict[str, Any]
 
 
 @dataclass
@@ -255,11 +247,6 @@ class Transfers:
         """All blocks are needed."""
         for transfer in list(self._running.values()):
             self._give_up(transfer, "the cache was reset")
-
-
-def refusal(why: Refusal, says: str) -> Answer:
-    """What is answered in place of a description."""
-    return {"refused": why.value, "says": says}
 
 
 def _join(transfer: Transfer, header: PrefixHeader, prefix: NamedPrefix) -> None:
