@@ -81,11 +81,12 @@ inline float exp_nonpositive(float x) {
 
 extern "C" {
 
-// The same for all layers of a step. Pages are [num_pages, block_size, 2 * dim], keys then values.
+// The same for all layers of a step. Pages are [num_pages, page_size, 2 * dim], keys then values.
 struct Batch {
   const void* pages;
-  const float* bias;  // [num_pages, block_size]
-  int64_t block_size;
+  const float* bias;  // [num_pages, page_size]
+  int64_t page_size;
+  int64_t pages_per_block;  // of one head
   int64_t dim;
   int64_t heads;  // KV heads
   int64_t group;  // query heads of each
@@ -108,17 +109,21 @@ struct Part {
   int64_t row, head, from, to;  // pages
 };
 
+inline int64_t live_pages_of(const Batch& batch, int64_t row) {
+  return (batch.live_tokens[row] + batch.page_size - 1) / batch.page_size;
+}
+
 // Of the query heads of a group over some pages: [queries][2 + dim], the largest score, the mass
 // relative to it, and the values summed with it. kDim: of a head, where it is known in advance.
 template <class T, int64_t kDim>
 void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t query_stride,
                  int64_t layer, int64_t layer_base, float scale, float* result) {
   const int64_t dim = kDim != 0 ? kDim : batch.dim;
-  const int64_t size = batch.block_size, group = batch.group;
+  const int64_t size = batch.page_size, group = batch.group;
   const int64_t fresh = batch.fresh[part.row], count = fresh * group;
   const int64_t live_tokens = batch.live_tokens[part.row];
   const int64_t* blocks = batch.blocks + batch.blocks_from[part.row];
-  const int64_t live_pages = batch.blocks_from[part.row + 1] - batch.blocks_from[part.row];
+  const int64_t live_pages = live_pages_of(batch, part.row), per_block = batch.pages_per_block;
   const int64_t* more =
       batch.compacted[part.row] == nullptr
           ? nullptr
@@ -140,7 +145,8 @@ void attend_part(const Batch& batch, const Part& part, const T* queries, int64_t
   }
 
   const auto id_of = [&](int64_t page) {
-    return page < live_pages ? layer_base + blocks[page] * batch.block_stride + part.head
+    return page < live_pages ? layer_base + blocks[page / per_block] * batch.block_stride +
+                                   part.head * per_block + page % per_block
                              : more[page - live_pages];
   };
   const T* const all = static_cast<const T*>(batch.pages);
@@ -229,7 +235,7 @@ void attend_pages(const Batch& batch, const T* queries, int64_t query_stride, T*
   int64_t total = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const int64_t row = pair / batch.heads, head = pair % batch.heads;
-    int64_t length = batch.blocks_from[row + 1] - batch.blocks_from[row];
+    int64_t length = live_pages_of(batch, row);
     if (batch.compacted[row] != nullptr) {
       const int64_t width = batch.width[row];
       const int64_t* const more = batch.compacted[row] + (layer * batch.heads + head) * width;

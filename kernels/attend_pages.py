@@ -27,7 +27,8 @@ class _Batch(ctypes.Structure):
     _fields_ = (
         ("pages", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
-        ("block_size", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("pages_per_block", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("group", ctypes.c_int64),
@@ -64,7 +65,8 @@ class PageAttention:
         self._batch = _Batch(
             kv.pages.data_ptr(),
             kv.bias.data_ptr(),
-            kv.block_size,
+            kv.page_size,
+            kv.pages_per_block,
             kv.pages.shape[2] // 2,
             kv.num_kv_heads,
             query_heads // kv.num_kv_heads,

@@ -283,7 +283,7 @@ def attend_compacted(
             H=heads,
             G=group,
             D=head_dim,
-            N=kv.block_size,
+            N=kv.page_size,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.slots,
             BLOCK_D=triton.next_power_of_2(head_dim),

@@ -105,7 +105,7 @@ def write_pages(
         ValueError: shapes that do not fit together, or strides as above.
     """
     heads, _, head_dim = values.shape
-    block_size, width = kv.pages.shape[1:]
+    page_size, width = kv.pages.shape[1:]
     if width != 2 * head_dim or keys.shape[2] != head_dim or keys.shape[0] != heads:
         raise ValueError(
             f"pages of {tuple(kv.pages.shape)} do not take keys {tuple(keys.shape)} and values "
@@ -141,11 +141,11 @@ def write_pages(
         indices.stride(0) if indices is not None else 0,
         bias.stride(0),
         heads,
-        SIZE=block_size,
+        SIZE=page_size,
         D=head_dim,
         # Of all layers, not of those that are written now: the same kernel for slices of any size.
         BLOCK_H=triton.next_power_of_2(max(heads, kv.num_heads)),
-        BLOCK_SIZE=triton.next_power_of_2(block_size),
+        BLOCK_SIZE=triton.next_power_of_2(page_size),
         BLOCK_D=triton.next_power_of_2(head_dim),
         HAS_INDICES=indices is not None,
     )

@@ -15,7 +15,7 @@ import torch
 
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.footprint import ceil_div
-from vllm_am.engine.layers import full_layers, has_window_layers
+from vllm_am.engine.layers import has_only_attention, has_window_layers
 from vllm_am.engine.limits import EngineLimits
 from vllm_am.engine.scheduler.planner import Planner, SequenceView
 from vllm_am.engine.worker.state import gpu_fit_bytes
@@ -63,10 +63,11 @@ class Shape:
         """Of a configuration of transformers.
 
         Raises:
-            PlanError: layers with a window, whose blocks are vLLM's; heads that cannot be divided.
+            PlanError: layers with a window or a state, whose blocks are vLLM's; heads that cannot
+                be divided.
         """
         text = config.get_text_config()
-        if has_window_layers(text) or len(full_layers(text)) != text.num_hidden_layers:
+        if has_window_layers(text) or not has_only_attention(text):
             raise PlanError("layers that do not attend to all of the text: not planned yet")
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads

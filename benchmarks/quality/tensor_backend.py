@@ -32,6 +32,7 @@ from vllm_am.compaction.copying_heads import (
     head_weights,
     tokens_to_copy,
 )
+from vllm_am.compaction.pages import page_slots
 from vllm_am.compaction.statistics import attention_statistics
 from vllm_am.config import BY_SCORES, CompactionConfig, parse_budgets
 
@@ -172,10 +173,12 @@ def run(reading: Reading, options: TensorOptions, block_size: int) -> Outcome:
 
     started = time.process_time()
     weights = copying_weights(reading.model) if options.budgets == "auto" else None
+    size = page_slots(block_size)
+    each = target * block_size // size
     pages = divide_pages(
-        options.budgets, keys, values, queries, scale, target, block_size, heads_per_layer, weights
+        options.budgets, keys, values, queries, scale, each, size, heads_per_layer, weights
     )
-    budget = (pages * block_size).clamp(max=end - start)
+    budget = (pages * size).clamp(max=end - start)
     compacted = compact(
         keys,
         values,
@@ -210,12 +213,12 @@ def divide_pages(
     values: Tensor,
     queries: Tensor,
     scale: float,
-    blocks: int,
-    block_size: int,
+    each: int,
+    page_size: int,
     heads_per_layer: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Pages of each head, int64 [H]; their sum is the pages of ``blocks`` blocks.
+    """Pages of each head, int64 [H]; ``each`` on average.
 
     Args:
         budgets: "uniform", "global", "auto", or shares by head as in a budgets file.
@@ -223,19 +226,19 @@ def divide_pages(
         weights: [H], of the heads' scores ("auto").
     """
     heads, tokens, _ = keys.shape
-    total = blocks * heads
-    if budgets == "uniform" or blocks * block_size >= tokens:
-        return torch.full((heads,), blocks)
+    total = each * heads
+    if budgets == "uniform" or each * page_size >= tokens:
+        return torch.full((heads,), each)
     if budgets in BY_SCORES:
         norms = (GLOBAL_SCORE,)
         scores = attention_statistics(keys, values, queries, scale=scale, norms=norms).scores
-        return global_pages(scores[GLOBAL_SCORE], total, block_size, weights)
+        return global_pages(scores[GLOBAL_SCORE], total, page_size, weights)
     if isinstance(budgets, str):
         raise ValueError(f"budgets: unknown {budgets!r}")
     names = (f"L{h // heads_per_layer}H{h % heads_per_layer}" for h in range(heads))
     mean = sum(budgets.values()) / len(budgets)  # for heads that the file leaves out
     shares = torch.tensor([budgets.get(name, mean) for name in names])
-    return pages_by_shares(shares, total, math.ceil(tokens / block_size))
+    return pages_by_shares(shares, total, math.ceil(tokens / page_size))
 
 
 @cache

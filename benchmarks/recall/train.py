@@ -9,6 +9,7 @@ checkpoint. The bundled model is replaced with ``--record`` only.
 
 import argparse
 import csv
+import functools
 import os
 import random
 import time
@@ -69,6 +70,12 @@ class Batch:
     roles: Tensor
 
 
+@functools.cache
+def multiplies_in_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without them it takes twenty times as long."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def sample_batch(rng: random.Random, world: World, length: int, size: int) -> Batch:
     """`size` chats, cut to exactly `length` tokens."""
     vocab = vocabulary(world)
@@ -91,7 +98,7 @@ def losses(model: RecallModel, batch: Batch) -> tuple[dict[Role, Tensor], dict[R
     """Mean cross-entropy and next-word accuracy for each role that occurs."""
     targets, roles = batch.ids[:, 1:], batch.roles[:, 1:]
     scored = (roles != Role.PLAIN) | (torch.rand(roles.shape) < PLAIN_SHARE)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_in_bfloat16()):
         logits = model.logits(model(batch.ids)[:, :-1][scored]).float()
     targets, roles = targets[scored], roles[scored]
     each = F.cross_entropy(logits, targets, reduction="none")

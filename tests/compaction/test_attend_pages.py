@@ -14,17 +14,18 @@ from vllm_am.kernels.attend_pages import MOST_NEW, PageAttention
 from vllm_am.kernels.cpu_library import library
 
 LAYERS, BLOCKS, BLOCK = 2, 40, 4
+pages = pytest.mark.parametrize("page", [BLOCK, 2, 1], ids="pages-of-{}".format)
 
 
-def make_cache(heads, dim, dtype=torch.float32):
+def make_cache(heads, dim, dtype=torch.float32, page=BLOCK):
     store = torch.randn(BLOCKS, LAYERS, heads, BLOCK, 2 * dim).to(dtype)
-    kv = PagedKV.from_layers([store[:, layer] for layer in range(LAYERS)])
+    kv = PagedKV.from_layers([store[:, layer] for layer in range(LAYERS)], page)
     kv.bias.normal_()
     return kv
 
 
 def make_rows(kv, lengths, news, compacted):
-    """Rows on blocks of their own; ``compacted[r]`` pages at most for a head, or None."""
+    """Rows on blocks of their own; ``compacted[r]`` blocks at most for a head, or None."""
     blocks = iter(random.sample(range(BLOCKS), BLOCKS))
     rows, first = [], 0
     for length, new, most in zip(lengths, news, compacted, strict=True):
@@ -32,12 +33,13 @@ def make_rows(kv, lengths, news, compacted):
         pages = None
         if most is not None:
             pool = kv.block_pages([next(blocks) for _ in range(most)])  # [heads, most]
-            counts = [random.randint(0, most) for _ in range(kv.num_heads - 1)] + [most]
-            pages = torch.full((kv.num_heads, most), -1)
+            most = pool.shape[1]
+            counts = [random.randint(0, most) for _ in range(len(pool) - 1)] + [most]
+            pages = torch.full(pool.shape, -1)
             for head, count in enumerate(counts):
                 pages[head, :count] = pool[head, :count]
                 if count:
-                    kv.bias[pool[head, count - 1], BLOCK // 2 :] = -torch.inf  # not used
+                    kv.bias[pool[head, count - 1], kv.page_size // 2 :] = -torch.inf  # not used
         rows.append(PagedRow(first, first + new, mine, length, pages))
         first += new
     return rows
@@ -112,12 +114,13 @@ def kernel(request):
 @pytest.mark.parametrize("dim", [8, 20])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_attention_over_what_is_held(case, group, dim, kernel, monkeypatch):
+@pages
+def test_equals_attention_over_what_is_held(page, case, group, dim, kernel, monkeypatch):
     random.seed(len(case))
     torch.manual_seed(0)
     monkeypatch.setattr(module, "QUERY_CHUNK", 4)
     heads, scale = 2, 0.3
-    kv = make_cache(heads, dim)
+    kv = make_cache(heads, dim, page=page)
     rows = make_rows(kv, *CASES[case])
     queries = torch.randn(sum(CASES[case][1]), heads * group, dim)
     for layer in range(LAYERS):
@@ -147,10 +150,11 @@ def test_sinks_are_keys_without_a_value(case, kernel, monkeypatch):
     torch.testing.assert_close(out[:, 4], none[:, 4], rtol=1e-5, atol=1e-5)
 
 
+@pages
 @pytest.mark.parametrize("compacted", [None, 2])
-def test_what_others_left_behind_is_not_seen(compacted, kernel):
+def test_what_others_left_behind_is_not_seen(compacted, page, kernel):
     """Behind the last token of a block lies what was there before: not-a-number, at worst."""
-    kv = make_cache(2, 8)
+    kv = make_cache(2, 8, page=page)
     rows = make_rows(kv, [9, 2], [1, 1], [compacted, compacted])
     queries = torch.randn(2, 4, 8)
     clean = attend_all(queries, kv, rows, 0, 0.3, kernel)
@@ -162,7 +166,8 @@ def test_what_others_left_behind_is_not_seen(compacted, kernel):
             # Of layer 0: in the midst of a fit, the pages of later layers are not written yet.
             lists = row.compacted[: kv.num_kv_heads]
             others[lists[lists >= 0]] = False
-        kv.pages[kv.block_pages(row.blocks)[:, -1], row.live_tokens % BLOCK :] = torch.nan
+        behind = torch.arange(row.live_tokens, len(row.blocks) * BLOCK)
+        kv.pages[kv.block_pages(row.blocks)[:, behind // page], behind % page] = torch.nan
     kv.pages[others] = torch.nan
     kv.bias[others] = torch.nan
     assert torch.equal(attend_all(queries, kv, rows, 0, 0.3, kernel), clean)

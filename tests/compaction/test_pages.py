@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from vllm_am.compaction import CompactedKV
-from vllm_am.compaction.pages import PagedKV, page_table, read_pages, read_segments, write_pages
+from vllm_am.compaction.pages import (
+    PagedKV,
+    page_slots,
+    page_table,
+    read_pages,
+    read_segments,
+    write_pages,
+)
 
 BLOCKS, HEADS, LAYERS = 7, 3, 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,13 +58,18 @@ def compacted_kv(lengths: list[int], dim: int, dtype: torch.dtype) -> CompactedK
 
 @layouts
 @dtypes
-@pytest.mark.parametrize(("block_size", "dim"), [(1, 8), (8, 5), (16, 8)])
-def test_pages_of_blocks_are_the_blocks(layout, dtype, block_size, dim):
+@pytest.mark.parametrize(
+    ("block_size", "page_size", "dim"),
+    [(1, None, 8), (8, None, 5), (16, 16, 8), (16, 4, 8), (12, 6, 5)],
+)
+def test_pages_of_blocks_are_the_blocks(layout, dtype, block_size, page_size, dim):
     layers = make_layers(layout, block_size, dim, dtype)
-    kv = PagedKV.from_layers(layers)
+    kv = PagedKV.from_layers(layers, page_size)
     assert kv.num_heads == LAYERS * HEADS and kv.block_size == block_size
+    assert kv.page_size == (page_size or block_size)
     blocks = [5, 2, 0, 6]
     pages = kv.block_pages(blocks)
+    assert pages.shape == (kv.num_heads, len(blocks) * block_size // kv.page_size)
     keys, values = read_pages(kv, pages)
     assert keys.shape == values.shape == (kv.num_heads, len(blocks) * block_size, dim)
     for layer, cache in enumerate(layers):
@@ -72,10 +84,16 @@ def test_pages_of_blocks_are_the_blocks(layout, dtype, block_size, dim):
 
 
 @layouts
-def test_every_page_of_the_blocks_occurs_once(layout):
-    kv = PagedKV.from_layers(make_layers(layout, 4, 2, torch.float32))
+@pytest.mark.parametrize("page_size", [4, 2, 1])
+def test_every_page_of_the_blocks_occurs_once(layout, page_size):
+    kv = PagedKV.from_layers(make_layers(layout, 4, 2, torch.float32), page_size)
     pages = kv.block_pages(range(BLOCKS)).flatten()
-    assert sorted(pages.tolist()) == list(range(LAYERS * BLOCKS * HEADS))
+    assert sorted(pages.tolist()) == list(range(LAYERS * BLOCKS * HEADS * 4 // page_size))
+
+
+@pytest.mark.parametrize(("block", "page"), [(16, 16), (128, 16), (784, 16), (1, 1), (40, 40)])
+def test_blocks_are_divided_into_small_pages(block, page):
+    assert page_slots(block) == page
 
 
 def test_layers_of_different_allocations_are_refused():

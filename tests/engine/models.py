@@ -111,6 +111,42 @@ def make_hybrid_model(path: Path, family: str, layers: int = 6, window: int = 96
     return make_family_model(path, family, layers, **options)
 
 
+#: Families of which some layers hold a state, with fields of their own.
+STATES: dict[str, dict[str, Any]] = {
+    # State space (Mamba 2).
+    "GraniteMoeHybrid": {
+        **{"num_attention_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16},
+        **{"mamba_expand": 2, "num_local_experts": 0, "shared_intermediate_size": 256},
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"] * 2,
+    },
+    # The same in parallel with attention, in every layer.
+    "FalconH1": {
+        **{"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+        **{"mamba_n_groups": 1},
+    },
+    # A layer is one of the three: "*" attention, "M" state space, "-" MLP.
+    "NemotronH": {
+        **{"hybrid_override_pattern": "*-M*-M", "mamba_num_heads": 8, "mamba_head_dim": 32},
+        **{"ssm_state_size": 16, "n_groups": 1},
+    },
+    # Linear attention; vLLM's CPU kernel for it wants heads of 128.
+    "Qwen3Next": {
+        **{"head_dim": 128, "num_attention_heads": 4, "partial_rotary_factor": 0.25},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+        # All of the experts: rounding could change a choice.
+        **{"num_experts": 2, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        **{"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"] * 2,
+    },
+}
+
+
+def make_state_model(path: Path, family: str, layers: int = 6) -> Path:
+    """The same, with full attention in some layers and a state in others."""
+    return make_family_model(path, family, layers, **STATES[family])
+
+
 def write_tokenizer(path: Path, names: Mapping[int, str] | None = None) -> Any:
     """One token per word.
 

@@ -12,11 +12,13 @@ from benchmarks.page_overhead import layout, serve
 from tests.engine import driver
 from tests.engine.driver import BLOCK, Ask, random_prompt
 from tests.engine.models import make_random_model
+from vllm_am.compaction.pages import PAGE_SLOTS
 
 pytestmark = [pytest.mark.engine]
 
 OPTIONS = {"ratio": 0.4, "threshold": 512, "recent_tokens": 64}
 LAYERS, HEADS = 3, 2
+PAGES = BLOCK // PAGE_SLOTS  # of a head in a block
 EVEN = {f"L{layer}H{head}": 1.0 for layer in range(LAYERS) for head in range(HEADS)}
 
 
@@ -43,17 +45,17 @@ def _serve(model, budgets, **options):
 def test_blocks_are_the_sum_of_the_budgets(tiny_model, tmp_path):
     """Uniform, global and a file: the pages of all heads are the pages of the blocks held."""
     uniform, blocks, _ = _serve(tiny_model, "uniform")
-    assert uniform == [blocks] * (LAYERS * HEADS)
+    assert uniform == [blocks * PAGES] * (LAYERS * HEADS)
     shares = {f"L{layer}H{head}": layer + head / 2 for layer in range(LAYERS) for head in range(2)}
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps(shares))
     by_file, file_blocks, file_tokens = _serve(tiny_model, str(path))
     by_score, score_blocks, score_tokens = _serve(tiny_model, "global")
     for pages in (by_file, by_score):
-        assert sum(pages) == blocks * LAYERS * HEADS and len(set(pages)) > 1
+        assert sum(pages) == sum(uniform) and len(set(pages)) > 1
     assert file_blocks == score_blocks == blocks
     # Heads of the file's shares 0, .5, 1, 1.5, 2, 2.5 of 7.5, to the page.
-    total = blocks * LAYERS * HEADS
+    total = sum(uniform)
     assert by_file == pytest.approx([total * s / 7.5 for s in shares.values()], abs=1)
     assert by_file[0] == 0, "a share of zero keeps nothing of the span"
     assert file_tokens != score_tokens
@@ -83,7 +85,7 @@ def test_the_blocks_held_are_those_of_the_formula(tiny_model, budgets):
             assert after.span_blocks == formula.span_blocks
             assert after.blocks == formula.blocks
             assert before.blocks == -(-before.computed // BLOCK)
-            assert sum(map(sum, after.pages)) == formula.span_blocks * LAYERS * HEADS
+            assert sum(map(sum, after.pages)) == formula.span_blocks * PAGES * LAYERS * HEADS
             compactions += len(formula.spans)
         assert len(after.spans) == 3
         assert engine.totals.compactions == compactions and not engine.totals.failures

@@ -50,7 +50,9 @@ def supported_config() -> Any:
                 num_hidden_layers=1, layer_types=["full_attention"], attn_logit_softcapping=None
             ),
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=None, block_size=16),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", kv_offloading_size=None, block_size=16, prefix_match_unit=None
+        ),
         attention_config=SimpleNamespace(backend_per_kind={}),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
@@ -93,10 +95,8 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
     "encoder-decoder models": [put("model_config.is_encoder_decoder", True)],
     "diffusion models": [put("model_config.is_diffusion", True)],
     "multi-head latent attention": [put("model_config.use_mla", True)],
-    "models with state-space or linear-attention": [
-        put("model_config.is_hybrid", True),
-        put("model_config.is_attention_free", True),
-    ],
+    "models without attention layers": [put("model_config.is_attention_free", True)],
+    "prefix-cache hits within a block": [put("cache_config.prefix_match_unit", 16)],
     "attention in chunks": [
         put("model_config.hf_text_config.attention_chunk_size", 8192),
         put("model_config.hf_text_config.layer_types", ["chunked_attention", "full_attention"]),
@@ -105,8 +105,9 @@ CASES: dict[str, list[Callable[[Any], None]]] = {
         put("model_config.hf_text_config", text(layer_types=["sliding_attention"])),
         put("model_config.hf_text_config", text(layer_types=None)),
     ],
-    "layers with a sliding window without vLLM's hybrid manager": [
-        put("model_config.hf_text_config", text(layer_types=["full_attention", WINDOW]))
+    "layers with a sliding window or a state without vLLM's hybrid manager": [
+        put("model_config.hf_text_config", text(layer_types=["full_attention", WINDOW])),
+        put("model_config.is_hybrid", True),
     ],
     "ALiBi": [put("model_config.uses_alibi", True)],
     "attention logit soft-capping": [put("model_config.hf_text_config.attn_logit_softcapping", 50)],

@@ -157,10 +157,10 @@ def test_the_planner_knows_what_the_windows_hold(gemma):
     with driver.start(gemma, compaction, **options) as engine:
         assert len(engine.run([driver.Ask(prompt, 60)])["0"]) == 60
         planner = engine.scheduler.compaction.planner
-        assert planner.num_blocks == 80 and planner.window_groups == 2
+        assert planner.num_blocks == 80 and planner.other_groups == 2
         # The window, what a step adds, and a block where neither begins with one.
-        assert planner.window_blocks == 2 * (-(-(WINDOW - 1 + 192) // 32) + 1)
-        assert planner.blocks_for_one == 80 - planner.window_blocks
+        assert planner.other_blocks == 2 * (-(-(WINDOW - 1 + 192) // 32) + 1)
+        assert planner.blocks_for_one == 80 - planner.other_blocks
 
 
 def test_a_window_that_no_sequence_reaches_is_none(tmp_path_factory, tiny_model, asks):

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.fresh_process import environment, run_fresh
 from benchmarks.real_models.packages import cache_folder
-from tests.engine.multimodal_case import CLASSES
+from tests.engine.alike import assert_alike
+from tests.engine.multimodal_case import CLASSES, IN_BFLOAT16
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -42,7 +43,7 @@ def variables():
     }
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", sorted(set(CLASSES) - set(IN_BFLOAT16)))
 def test_texts_are_compacted(family, variables):
     """With nothing but the language model; Gemma 3's has windows, Qwen's rotates by three axes."""
     case = {"family": family, "media": False}
@@ -52,6 +53,17 @@ def test_texts_are_compacted(family, variables):
     assert len(set(map(tuple, ours["outputs"].values()))) > 8
     assert ours["compactions"] >= 8 and not ours["failures"] and ours["used_blocks"] == 0
     assert all(ours["rotated"]) and ours["media_requests"] == 0
+
+
+@pytest.mark.parametrize("family", IN_BFLOAT16)
+def test_texts_are_compacted_beside_linear_attention(family, variables):
+    case = {"family": family, "media": False}
+    found = run_fresh("tests.engine.multimodal_case", case, variables, timeout=400)
+    ours, stock = found["ours"], found["stock"]
+    assert_alike(list(ours["likely"].values()), [stock["likely"][name] for name in ours["likely"]])
+    assert ours["compactions"] == len(ours["outputs"]) == 4
+    assert not ours["failures"] and ours["used_blocks"] == 0
+    assert all(ours["rotated"])
 
 
 def test_a_request_with_an_image_stays_exact(variables):

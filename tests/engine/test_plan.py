@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,6 +93,14 @@ def test_tensor_parallel_ranks_share_heads(tiny_model):
     assert [shape.queries_per_kv for shape in (one, two, four)] == [4, 4, 2]
     with pytest.raises(PlanError, match="--tp 3"):
         Shape.of(config, 3, 2)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "linear_attention", "sliding_attention"])
+def test_layers_that_hold_something_else_are_not_planned(kind):
+    text = SimpleNamespace(num_hidden_layers=2, layer_types=["full_attention", kind])
+    text.sliding_window = 64
+    with pytest.raises(PlanError, match="not planned yet"):
+        Shape.of(SimpleNamespace(get_text_config=lambda: text), 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,14 @@ class PagedRow:
     def new(self) -> int:
         return self.last - self.first
 
-    @property
-    def pages(self) -> int:
+    def live_pages(self, page_size: int) -> int:
+        """Pages of its live tokens, in each head."""
+        return -(-self.live_tokens // page_size)
+
+    def pages(self, page_size: int) -> int:
         """Pages of its longest head."""
-        return len(self.blocks) + (0 if self.compacted is None else self.compacted.shape[1])
+        compacted = 0 if self.compacted is None else self.compacted.shape[1]
+        return self.live_pages(page_size) + compacted
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class PagedRows:
         absent: bool, like ``pages``, where a head has no more.
         compacted: whether there are compacted pages, and so a bias.
         live_tokens: int64 [R]; live_slots: int64 [R], slots of the live pages.
-        stale: int64 [k], indices of slots in [R * P * block_size] behind the last token of a live
+        stale: int64 [k], indices of slots in [R * P * page_size] behind the last token of a live
             page: whoever had the page before may have left anything there.
     """
 
@@ -85,16 +89,17 @@ class PagedRows:
     @classmethod
     def of(cls, rows: Sequence[PagedRow], kv: PagedKV) -> PagedRows:
         """Rows with equally many new tokens."""
-        heads, size = kv.num_kv_heads, kv.block_size
-        longest = max(row.pages for row in rows)
+        heads, size = kv.num_kv_heads, kv.page_size
+        longest = max(row.pages(size) for row in rows)
         pages = torch.full((len(kv.layer_bases), len(rows), heads, longest), -1)
         stale = []
         for index, row in enumerate(rows):
-            live = len(row.blocks)
-            pages[:, index, :, :live] = kv.block_pages(row.blocks).unflatten(0, (-1, heads))
+            live = row.live_pages(size)
+            exact = kv.block_pages(row.blocks)[:, :live]
+            pages[:, index, :, :live] = exact.unflatten(0, (-1, heads))
             if row.compacted is not None:
                 lists = row.compacted.unflatten(0, (-1, heads))
-                pages[:, index, :, live : row.pages] = lists
+                pages[:, index, :, live : row.pages(size)] = lists
             begin = index * longest * size
             stale.append(torch.arange(begin + row.live_tokens, begin + live * size))
         return cls(
@@ -104,7 +109,7 @@ class PagedRows:
             absent=pages < 0,
             compacted=any(row.compacted is not None for row in rows),
             live_tokens=torch.tensor([row.live_tokens for row in rows]),
-            live_slots=torch.tensor([len(row.blocks) * size for row in rows]),
+            live_slots=torch.tensor([row.live_pages(size) * size for row in rows]),
             stale=torch.cat(stale),
         )
 
@@ -115,13 +120,14 @@ def group_rows(rows: Sequence[PagedRow], kv: PagedKV) -> Iterator[PagedRows]:
     group: list[PagedRow] = []
 
     def likeness(row: PagedRow) -> tuple[bool, int, int]:
-        return row.compacted is None, row.new, row.pages
+        return row.compacted is None, row.new, row.pages(kv.page_size)
 
     for row in sorted(rows, key=likeness, reverse=True):
         if group:
             alike = likeness(row)[:2] == likeness(group[0])[:2]
-            filled = row.pages >= LEAST_FILL * group[0].pages
-            fits = (len(group) + 1) * group[0].pages * page_bytes <= GATHERED_BYTES
+            longest = group[0].pages(kv.page_size)
+            filled = row.pages(kv.page_size) >= LEAST_FILL * longest
+            fits = (len(group) + 1) * longest * page_bytes <= GATHERED_BYTES
             if not (alike and filled and fits):
                 yield PagedRows.of(group, kv)
                 group = []
@@ -155,7 +161,7 @@ def attend_pages(
     count, heads, length = pages.shape
     width = kv.pages.shape[2]
     entries = kv.pages.index_select(0, pages.flatten())
-    slots = length * kv.block_size
+    slots = length * kv.page_size
     # What is not the sequence's own is hidden below; but a hidden NaN would still be one.
     entries.view(count, heads, length, -1)[rows.absent[layer]] = 0
     entries = entries.view(count, heads, slots, width)

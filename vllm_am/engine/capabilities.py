@@ -102,9 +102,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve a model with ordinary keys and values, or drop --kv-compaction",
     ),
     Refusal(
-        "models with state-space or linear-attention layers",
-        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
-        "serve a model whose layers all use full attention, or drop --kv-compaction",
+        "models without attention layers",
+        lambda c: c.model_config.is_attention_free,
+        "drop --kv-compaction",
+    ),
+    Refusal(
+        "prefix-cache hits within a block (--prefix-match-unit)",
+        lambda c: c.cache_config.prefix_match_unit is not None,
+        "drop --prefix-match-unit",
     ),
     Refusal(
         "attention in chunks (Llama 4)",
@@ -120,10 +125,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --disable-sliding-window if your contexts fit in the window, or drop --kv-compaction",
     ),
     Refusal(
-        "layers with a sliding window without vLLM's hybrid manager "
+        "layers with a sliding window or a state without vLLM's hybrid manager "
         "(--disable-hybrid-kv-cache-manager)",
         lambda c: (
-            has_window_layers(c.model_config.hf_text_config)
+            (c.model_config.is_hybrid or has_window_layers(c.model_config.hf_text_config))
             and c.scheduler_config.disable_hybrid_kv_cache_manager
         ),
         "drop --disable-hybrid-kv-cache-manager",

@@ -28,6 +28,8 @@ class Family:
 
 
 FULL_ONLY = "full attention; the others hold their window"
+FULL_BESIDE_STATES = "full attention; the others hold their state"
+NOT_SHARED = "compacted prefixes are not shared"
 IMAGES_EXACT = "requests with images, audio or video stay exact"
 
 FAMILIES = (
@@ -53,6 +55,15 @@ FAMILIES = (
         "no rotation in these layers, so no context-rotated",
     ),
     Family("gpt-oss", ("gpt_oss",), FULL_ONLY, "attention sinks; on GPUs with FlashAttention 3"),
+    Family("Qwen3-Next", ("qwen3_next",), FULL_BESIDE_STATES, NOT_SHARED),
+    Family("Qwen3.5, Qwen3.6", ("qwen3_5",), FULL_BESIDE_STATES, f"{IMAGES_EXACT}; {NOT_SHARED}"),
+    Family("Falcon-H1", ("falcon_h1",), "the attention of all; their state stays", NOT_SHARED),
+    Family(
+        "Granite 4-H, Nemotron-H",
+        ("granitemoehybrid", "nemotron_h"),
+        FULL_BESIDE_STATES,
+        f"no rotation, so no context-rotated; {NOT_SHARED}",
+    ),
     Family("Qwen2.5-VL, Qwen3-VL", ("qwen2_5_vl", "qwen3_vl"), note=IMAGES_EXACT),
     Family("Mistral Small 3, Ministral 3", ("mistral3",), note=IMAGES_EXACT),
     Family("Gemma 3 (4B and more)", ("gemma3",), FULL_ONLY, "with --language-model-only"),

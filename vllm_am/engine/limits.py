@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 from vllm.config import VllmConfig
 
+from vllm_am.compaction.pages import page_slots
 from vllm_am.config import (
     CONFIG_KEY,
     LEAST_RATIO,
+    PASS_SOURCES,
     PREFIX_TOKENS_FIELD,
+    QUERY_SOURCES,
     CompactionConfig,
     CompactionConfigError,
     RequestOverrides,
@@ -68,6 +71,8 @@ class EngineLimits:
     window_layers: bool = False
     """Whether there are layers beside them that hold a window of the text, in blocks of their own.
     """
+    state_layers: bool = False
+    """Whether there are layers beside them, or parts of them, that hold a state of the text."""
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> EngineLimits:
@@ -95,7 +100,9 @@ class EngineLimits:
             ranks=parallel.world_size,
             device_type=vllm_config.device_config.device_type,
             window_layers=has_window_layers(model.hf_text_config),
+            state_layers=model.is_hybrid,
         )
+        limits.check_passes()
         limits.check_cache()
         limits.check_use()
         return limits
@@ -105,10 +112,26 @@ class EngineLimits:
         """Whether compacted prefixes are shared by all sequences that begin with them.
 
         They are kept in vLLM's prefix cache. A merge would need reference queries of a prefix that
-        nobody has read again. Layers with a window would need theirs as it was behind the prefix.
+        nobody has read again. Layers with a window would need theirs as it was behind the prefix,
+        and layers with a state that one.
         """
         possible = self.prefix_caching and self.config.merge_slots is None
-        return possible and not self.window_layers and self.config.cache != "off"
+        others = self.window_layers or self.state_layers
+        return possible and not others and self.config.cache != "off"
+
+    def check_passes(self) -> None:
+        """Refuse query sources that go on behind a span, where that needs a state.
+
+        Raises:
+            CompactionConfigError: naming those that need none.
+        """
+        if self.state_layers and self.config.pass_fraction:
+            without = ", ".join(source for source in QUERY_SOURCES if source not in PASS_SOURCES)
+            raise CompactionConfigError(
+                f"--kv-compaction-config queries={shown(self.config.queries)}: on models with "
+                "state-space or linear-attention layers nothing can be read behind a span, as "
+                f"their state there is not kept; use {without}"
+            )
 
     def check_cache(self) -> None:
         """Refuse a cache that is asked for where there can be none.
@@ -118,10 +141,11 @@ class EngineLimits:
         """
         if self.config.cache != "on" or self.caches_prefixes:
             return
-        if self.window_layers:
+        if self.window_layers or self.state_layers:
+            others = "sliding-window" if self.window_layers else "state-space or linear-attention"
             raise CompactionConfigError(
                 "--kv-compaction-cache=on: compacted prefixes cannot be shared on models with "
-                "sliding-window layers yet; drop it"
+                f"{others} layers yet; drop it"
             )
         other = "merge_slots" if self.prefix_caching else "--no-enable-prefix-caching"
         raise CompactionConfigError(
@@ -161,6 +185,11 @@ class EngineLimits:
 
     def _is_default(self, option: str) -> bool:
         return bool(getattr(self.config, option) == getattr(CompactionConfig(), option))
+
+    @property
+    def page_slots(self) -> int:
+        """Slots of a page, of which one head's share of a block is made."""
+        return page_slots(self.block_size)
 
     @property
     def footprint(self) -> Footprint:
@@ -339,7 +368,7 @@ class EngineLimits:
             heads: KV heads of all layers of the rank that are compacted.
             bytes_per_token: keys and values of one token in these layers.
         """
-        return heads * (BIAS_BYTES + PAGE_ID_BYTES / self.block_size) / bytes_per_token
+        return heads * (BIAS_BYTES + PAGE_ID_BYTES / self.page_slots) / bytes_per_token
 
     def kv_bytes(self, available: int, bytes_per_token: float, bias_share: float) -> int:
         """What is left for keys and values of ``available`` bytes, beside bias and query pool.

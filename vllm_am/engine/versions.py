@@ -22,6 +22,7 @@ from vllm import __version__
 from vllm.config import VllmConfig
 from vllm.outputs import RequestError
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_am.config import CompactionConfigError
 
@@ -64,7 +65,14 @@ def note_error(noted: set[str] | dict[str, RequestError], request_id: str, error
 
 
 def settle_block_size(vllm_config: VllmConfig) -> None:
-    """Set the block size that vLLM is going to choose: what we check at startup depends on it."""
+    """Set the block size that vLLM is going to choose: what we check at startup depends on it.
+
+    Where layers have a state, vLLM enlarges blocks until one holds it, once the model is loaded; to
+    enlarge them again changes nothing.
+    """
     cache = vllm_config.cache_config
     if current_platform.is_cpu() and not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_SIZE
+    if vllm_config.model_config.is_hybrid:
+        # By any backend that has no wishes of its own: whole multiples of the size there is.
+        type(current_platform)._align_hybrid_block_size(vllm_config, AttentionBackend)

@@ -135,7 +135,9 @@ def announce(vllm_config: VllmConfig, limits: EngineLimits) -> None:
         )
     if least >= WORTH_SAYING / ratio:
         return
-    smaller = [size for size in BLOCK_SIZES if size < limits.block_size]
+    # Where layers have a state, a block has to hold one.
+    sizes = () if limits.state_layers else BLOCK_SIZES
+    smaller = [size for size in sizes if size < limits.block_size]
     gives = {size: replace(limits, block_size=size).footprint.reached(ratio)[0] for size in smaller}
     best = max(gives, key=lambda size: (min(gives[size], WORTH_SAYING / ratio), size), default=None)
     logger.warning(

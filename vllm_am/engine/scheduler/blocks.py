@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    MambaManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 from vllm_am.engine.messages import Attachment, Segment
@@ -88,9 +93,16 @@ class CompactingManager(FullAttentionManager):
         """By the compaction, whose sequences have ended."""
         self.cache = CompactCache(self.block_pool, self.kv_cache_group_id, self.block_size)
         self.windows: Sequence[SlidingWindowManager] = ()
-        """Of the layers that are not compacted."""
+        """Of the layers that are not compacted: those with a window."""
+        self.states: Sequence[MambaManager] = ()
+        """And those with a state."""
         self._found: dict[str, tuple[Entry, ...]] = {}
         self._attached: defaultdict[str, list[int]] = defaultdict(list)
+
+    @property
+    def others(self) -> tuple[SingleTypeKVCacheManager, ...]:
+        """Of all layers that are not compacted."""
+        return (*self.windows, *self.states)
 
     def segments(self, request_id: str) -> tuple[Segment, ...]:
         state = self.compacted.get(request_id)
@@ -308,7 +320,7 @@ class CompactingManager(FullAttentionManager):
 
     def _file_no_more(self, request_id: str) -> None:
         """As if all its blocks were cached: none that is still to come becomes others' prefix."""
-        for manager in (self, *self.windows):
+        for manager in (self, *self.others):
             manager.num_cached_block[request_id] = sys.maxsize
 
     def commit_merge(self, job_id: int, request_id: str, segment: Segment) -> None:
@@ -384,7 +396,7 @@ class CompactingManager(FullAttentionManager):
             AssertionError: naming the first blocks that do not add up.
         """
         owners: Counter[int] = Counter()
-        for manager in (self, *self.windows):
+        for manager in (self, *self.others):
             for blocks in manager.req_to_blocks.values():
                 owners.update(b.block_id for b in blocks if not b.is_null)
         targets = list(self.targets.values())

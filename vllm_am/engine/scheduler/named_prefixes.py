@@ -54,7 +54,7 @@ class NamedPrefixes:
     def __init__(self, blocks: CompactingManager, planner: Planner, share: float) -> None:
         self._blocks = blocks
         self._most = int(share * planner.num_blocks)
-        largest = (blocks.max_admission_blocks_per_request or 0) + planner.window_blocks
+        largest = (blocks.max_admission_blocks_per_request or 0) + planner.other_blocks
         self._beside_largest = planner.num_blocks - largest
         self._by_name: dict[str, NamedPrefix] = {}
 

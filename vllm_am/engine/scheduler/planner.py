@@ -67,9 +67,9 @@ class Planner(Footprint):
     """Usable blocks of the pool."""
     merge_slots: int | None = None
     """Slots per head above which the segments of a sequence are merged; None: never."""
-    window_groups: int = 0
+    other_groups: int = 0
     """Groups of layers beside those that are compacted, each with blocks of its own."""
-    window_blocks: int = 0
+    other_blocks: int = 0
     """Most blocks that one sequence holds for them, whatever its length."""
     fit_steps: Callable[[int, int], int] = lambda tokens, slots: 1
     """Steps that a fit of so many tokens into so many slots takes."""
@@ -79,8 +79,8 @@ class Planner(Footprint):
         cls,
         limits: EngineLimits,
         num_blocks: int,
-        window_groups: int = 0,
-        window_blocks: int = 0,
+        other_groups: int = 0,
+        other_blocks: int = 0,
         fit_steps: Callable[[int, int], int] = lambda tokens, slots: 1,
     ) -> Planner:
         """The policy of an engine with a pool of ``num_blocks`` usable blocks."""
@@ -88,20 +88,20 @@ class Planner(Footprint):
             **vars(limits.footprint),
             num_blocks=num_blocks,
             merge_slots=limits.config.merge_slots,
-            window_groups=window_groups,
-            window_blocks=window_blocks,
+            other_groups=other_groups,
+            other_blocks=other_blocks,
             fit_steps=fit_steps,
         )
 
     @property
     def blocks_for_one(self) -> int:
         """Most blocks that the layers of one sequence that are compacted can have."""
-        return self.num_blocks - self.window_blocks
+        return self.num_blocks - self.other_blocks
 
     def blocks_to_grow(self, tokens: int) -> int:
         """Blocks that a sequence needs for more tokens, in all layers."""
         blocks = ceil_div(tokens, self.block_size)
-        return blocks + min(self.window_groups * blocks, self.window_blocks)
+        return blocks + min(self.other_groups * blocks, self.other_blocks)
 
     def merged_blocks(self, slots: int, blocks: int) -> int | None:
         """Blocks to merge all segments of a sequence into; None where that is not due.
@@ -191,7 +191,7 @@ class Planner(Footprint):
         growth = sum(max(1, s.prompt - s.computed) for s in sequences)
         targets = (self.span_blocks(self.shortest_span(s.ratio), s.ratio) for s in sequences)
         blocks = min(growth, self.in_flight_tokens) // self.block_size + len(sequences)
-        return blocks * (1 + self.window_groups) + max(targets, default=0)
+        return blocks * (1 + self.other_groups) + max(targets, default=0)
 
     def _can_wait(self, sequence: SequenceView, free_blocks: int) -> bool:
         """Still in prefill, and the rest of the prompt and its compaction fit beside it."""

@@ -21,6 +21,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher
 from vllm.v1.request import Request
 
+from vllm_am.compaction.pages import page_slots
 from vllm_am.config import CompactionConfigError
 from vllm_am.engine.footprint import ceil_div
 from vllm_am.engine.identity import checked_file, header_for
@@ -253,14 +254,15 @@ def head_groups(vllm_config: VllmConfig) -> list[list[int]]:
 def blocks_needed(slots: Sequence[int], block_size: int, groups: Sequence[Sequence[int]]) -> int:
     """Blocks for heads of so many slots each, on the rank that needs most.
 
-    A block has one page of ``block_size`` slots for each head of a rank.
+    A block has ``block_size`` slots for each head of a rank, in pages (``compaction/pages.py``).
 
     Args:
         slots: by head.
         groups: the heads of each rank.
     """
-    pages = [[ceil_div(slots[head], block_size) for head in group] for group in groups]
-    return max(ceil_div(sum(each), len(each)) for each in pages if each)
+    size = page_slots(block_size)
+    pages = [[ceil_div(slots[head], size) for head in group] for group in groups]
+    return max(ceil_div(sum(each) * size, len(each) * block_size) for each in pages if each)
 
 
 def install() -> None:

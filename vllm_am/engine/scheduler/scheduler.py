@@ -352,8 +352,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
                     self.compaction.sequences.use_of_queries(request),
                 )
                 most = min(most, known * self.compaction.limits.block_size)
-            if most < tokens and self.compaction.blocks.windows:
-                # Asked again, not cut: layers with a window need what is in it where a hit ends.
+            if most < tokens and self.compaction.blocks.others:
+                # Asked again, not cut: the others need their window or state where a hit ends.
                 coordinator = self.kv_cache_manager.coordinator
                 found, tokens, _ = coordinator.find_longest_cache_hit(request.block_hashes, most)
                 blocks = self.kv_cache_manager.create_kv_cache_blocks(found)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SlidingWindowManager
+from vllm.v1.request import Request
 
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.footprint import ceil_div
@@ -53,17 +57,18 @@ class CompactionState:
         """Built when vLLM's scheduler is complete.
 
         Raises:
-            NotImplementedError: the model has layers of another kind than ours.
+            NotImplementedError: the model has layers of another kind than these.
         """
         limits = EngineLimits.from_vllm_config(scheduler.vllm_config)
         blocks = _compacting_manager(scheduler, limits.block_size)
         if limits.config.pass_fraction:
             _retain_windows(blocks, limits)
         pool = blocks.block_pool
-        windows = [window.max_admission_blocks_per_request or 0 for window in blocks.windows]
+        others = [window.max_admission_blocks_per_request or 0 for window in blocks.windows]
+        others += [_state_blocks(manager, scheduler.vllm_config) for manager in blocks.states]
         pace = Pace(limits)
         usable = pool.num_gpu_blocks - 1
-        planner = Planner.of(limits, usable, len(windows), sum(windows), pace.steps)
+        planner = Planner.of(limits, usable, len(others), sum(others), pace.steps)
         query_pool = QueryPool(
             capacity=limits.query_pool_positions(pool.num_gpu_blocks),
             block_size=limits.block_size,
@@ -132,19 +137,43 @@ def _retain_windows(blocks: CompactingManager, limits: EngineLimits) -> None:
             window.max_admission_blocks_per_request += ceil_div(more, limits.block_size)
 
 
+def _state_blocks(manager: MambaManager, vllm_config: VllmConfig) -> int:
+    """Most blocks that one sequence holds for layers with a state."""
+    spec = manager.kv_cache_spec
+    return ceil_div(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
+
+
+def _file_states_of_exact_text(manager: MambaManager) -> None:
+    """States that have seen a segment are not filed as those of their text.
+
+    vLLM files the one at the end of a prompt whatever ``num_cached_block`` says, by which
+    :class:`CompactingManager` tells which sequences these are.
+    """
+    file = manager.cache_blocks
+
+    def cache_blocks(request: Request, *args: Any, **kwargs: Any) -> None:
+        if manager.num_cached_block.get(request.request_id, 0) < sys.maxsize:
+            file(request, *args, **kwargs)
+
+    manager.cache_blocks = cache_blocks
+
+
 def _compacting_manager(scheduler: Scheduler, block_size: int) -> CompactingManager:
     """The manager of the layers that are compacted; it knows of those of the others."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     ours = [manager for manager in managers if isinstance(manager, CompactingManager)]
     others = [manager for manager in managers if not isinstance(manager, CompactingManager)]
     windows = [manager for manager in others if isinstance(manager, SlidingWindowManager)]
-    same = {manager.block_size for manager in managers} == {block_size}
-    if len(ours) != 1 or len(others) != len(windows) or not same:
+    states = [manager for manager in others if isinstance(manager, MambaManager)]
+    same = {manager.block_size for manager in (*ours, *windows)} == {block_size}
+    if len(ours) != 1 or len(others) != len(windows) + len(states) or not same:
         found = [f"{type(m.kv_cache_spec).__name__} ({m.block_size})" for m in managers]
         raise NotImplementedError(
-            "--kv-compaction: attention layers must form one group of full attention and groups "
-            "with a sliding window, all with the same number of KV heads and in blocks of "
+            "--kv-compaction: layers must form one group of full attention and groups with a "
+            "sliding window or a state, all with the same number of KV heads and in blocks of "
             f"{block_size} tokens; this model has {found}; drop --kv-compaction"
         )
-    ours[0].windows = windows
+    ours[0].windows, ours[0].states = windows, states
+    for manager in states:
+        _file_states_of_exact_text(manager)
     return ours[0]

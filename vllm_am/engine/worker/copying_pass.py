@@ -11,6 +11,7 @@ worker's ``execute_model`` and ``sample_tokens`` (called).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def find_head_weights(
     room = min(
         scheduler.max_num_batched_tokens,
         model.max_model_len - 1,
-        (blocks.shape[0] - 1) // state.groups * block_size,
+        (blocks.shape[0] - 1) // len(state.block_sizes) * block_size,
         2 * pool,
     )
     vocabulary = model.get_vocab_size()
@@ -71,8 +72,9 @@ def find_head_weights(
     if len(copied) < LEAST_COPIED_TOKENS:
         return None
     tokens = [beginning, *copied, *copied]
-    count = ceil_div(len(tokens), block_size)
-    by_group = [list(range(1 + g * count, 1 + (g + 1) * count)) for g in range(state.groups)]
+    counts = [ceil_div(len(tokens), size) for size in state.block_sizes]
+    begins = accumulate(counts, initial=1)
+    by_group = [list(range(begin, begin + n)) for begin, n in zip(begins, counts, strict=False)]
     block_ids = by_group[state.group]
     slots = np.arange(len(copied))
     execute(_step(tokens, by_group, QuerySample(slots + 1 + len(copied), slots)))

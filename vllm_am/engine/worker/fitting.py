@@ -226,7 +226,7 @@ class Fitting:
         self._guarded(progress, lambda: self._run_slice(fit, progress))
         slots = None
         if progress.lists and not divided:
-            slots = tuple(len(pages) * self.kv.block_size for pages in progress.lists)
+            slots = tuple(len(pages) * self.kv.page_size for pages in progress.lists)
         work = 0.0 if progress.failure else fit.work  # of one that failed nothing is learned
         report = SliceReport(fit.job_id, fit.measures, fit.heads, work, 0.0, slots)
         self.stopwatch.stop(started, report)
@@ -354,7 +354,7 @@ class Fitting:
 
     def _divide_pages(self, fit: FitSlice, progress: FitProgress) -> tuple[torch.Tensor, ...]:
         """The pages of the target blocks, shared out among the heads: all of them, each once."""
-        pages = self.kv.block_pages(fit.segment.block_ids)  # [heads, blocks]
+        pages = self.kv.block_pages(fit.segment.block_ids)  # [heads, pages]
         most = progress.source.shape[1]
         if pages.shape[1] == most:  # every head keeps everything
             return tuple(pages)
@@ -364,7 +364,7 @@ class Fitting:
             bad = ~scores.isfinite().all(dim=1)
             if bool(bad.any()):
                 raise FitError("non-finite", bad.nonzero().flatten().tolist())
-            counts = global_pages(scores, pages.numel(), self.kv.block_size, self.head_weights)
+            counts = global_pages(scores, pages.numel(), self.kv.page_size, self.head_weights)
         elif self.shares is not None:
             counts = pages_by_shares(self.shares, pages.numel(), most)
         else:
@@ -386,7 +386,7 @@ class Fitting:
         keys, values, bias = self._source(heads, fit, progress)
         reference, heldout = self._reference_queries(heads, fit)
         lists = progress.lists[heads.start : heads.stop]
-        room = torch.tensor([len(ids) for ids in lists]) * self.kv.block_size
+        room = torch.tensor([len(ids) for ids in lists]) * self.kv.page_size
         budget = room.clamp(max=keys.shape[1])
         compacted = compact(
             keys,

@@ -163,7 +163,12 @@ class ExactPrefillBuilder:
             queries=slice(first, last)
             if together
             else torch.cat([torch.arange(row.first, row.last) for row in rows]),
-            pages=[kv.block_pages(row.blocks).unflatten(0, (-1, kv.num_kv_heads)) for row in rows],
+            pages=[
+                kv.block_pages(row.blocks)[:, : row.live_pages(kv.page_size)].unflatten(
+                    0, (-1, kv.num_kv_heads)
+                )
+                for row in rows
+            ],
             tokens=lengths.tolist(),
             slots=[
                 torch.arange(row.live_tokens) + begin * SCRATCH_BLOCK

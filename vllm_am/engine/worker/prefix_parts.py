@@ -120,7 +120,7 @@ def divided(kv: PagedKV, block_ids: Sequence[int], slots: Sequence[int]) -> Page
         ValueError: they are too few.
     """
     pages = kv.block_pages(block_ids).flatten()
-    counts = [ceil_div(count, kv.block_size) for count in slots]
+    counts = [ceil_div(count, kv.page_size) for count in slots]
     if sum(counts) > len(pages):
         raise ValueError(f"{sum(counts)} pages are needed, and {len(block_ids)} blocks are too few")
     return pages[: sum(counts)].split(counts)

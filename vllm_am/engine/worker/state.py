@@ -158,8 +158,8 @@ class WorkerState:
     """Writes published segments to files, and reads them again."""
     group: int = 0
     """vLLM's KV cache group of these layers."""
-    groups: int = 1
-    """How many groups there are: each has blocks of its own in the same pool."""
+    block_sizes: tuple[int, ...] = ()
+    """Tokens of a block, by group: each has blocks of its own in the same pool."""
     sequences: dict[str, CompactedSequence] = field(default_factory=dict)
     published: dict[int, tuple[Segment, tuple[torch.Tensor, ...]]] = field(default_factory=dict)
     """Segments that sequences to come may attach to, with their page lists."""
@@ -190,7 +190,7 @@ class WorkerState:
             )
         group = ours.index(True)  # of several, which the scheduler refuses
         layers = {name: context[name] for name in groups[group].layer_names}
-        kv = PagedKV.from_layers([layer.kv_cache for layer in layers.values()])
+        kv = PagedKV.from_layers([layer.kv_cache for layer in layers.values()], limits.page_slots)
         positions = limits.query_pool_positions(kv_cache_config.num_blocks)
         queries = {
             name: torch.zeros(
@@ -224,7 +224,8 @@ class WorkerState:
         )
         names = tuple(head_names(list(layers), vllm_config))
         parts = PrefixParts(kv, names, torch.distributed.get_rank())
-        state = cls(limits, layers, kv, queries, fitting, runner, parts, group, len(groups))
+        sizes = tuple(each.kv_cache_spec.block_size for each in groups)
+        state = cls(limits, layers, kv, queries, fitting, runner, parts, group, sizes)
         _states[engine_key(vllm_config)] = state
         return state
 
