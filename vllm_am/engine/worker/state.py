@@ -2,6 +2,9 @@
 
 Found by the attention backend through :func:`worker_state`, since vLLM constructs metadata builders
 with nothing but the configuration.
+
+vLLM symbol touched: ``v1.worker.gpu.model_states.interface.ModelState.prepare_attn``, wrapped in
+the instance of model runner V2: the one for models with states does not say which row is whose.
 """
 
 from __future__ import annotations
@@ -167,6 +170,8 @@ class WorkerState:
         default_factory=WeakValueDictionary
     )
     """By published segments: what begins with these and is in use; one page table for all users."""
+    batch_slots: np.ndarray | None = None
+    """Slot of each row of the batch that model runner V2 prepares."""
     step: CompactionStep | None = None
     """The step being executed; None in dummy runs, whose rows alias live requests."""
 
@@ -227,7 +232,19 @@ class WorkerState:
         sizes = tuple(each.kv_cache_spec.block_size for each in groups)
         state = cls(limits, layers, kv, queries, fitting, runner, parts, group, sizes)
         _states[engine_key(vllm_config)] = state
+        if hasattr(runner, "model_state"):
+            state._note_batches(runner.model_state)
         return state
+
+    def _note_batches(self, model_state: Any) -> None:
+        """Of model runner V2, which does not tell builders where some layers have a state."""
+        prepare = model_state.prepare_attn
+
+        def prepare_attn(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self.batch_slots = input_batch.idx_mapping_np
+            return prepare(input_batch, *args, **kwargs)
+
+        model_state.prepare_attn = prepare_attn
 
     @cached_property
     def layer_indices(self) -> dict[str, int]:
@@ -237,16 +254,18 @@ class WorkerState:
         """The request in each row of the batch being built; None for padding and dummy rows.
 
         Model runner V1 keeps the row order in its input batch. V2 gives each row's slot in
-        ``CommonAttentionMetadata.req_idx``, unpadded; in dummy batches that is a plain range which
-        aliases live slots, hence the check for a step being executed.
+        ``CommonAttentionMetadata.req_idx``, unpadded, or has it in its batch; in dummy batches that
+        is a plain range which aliases live slots, hence the check for a step being executed.
         """
         if self.step is None:
             return [None] * num_rows
         if hasattr(self.runner, "input_batch"):
             ids: list[str | None] = list(self.runner.input_batch.req_ids[:num_rows])
         else:
-            slots = [] if req_idx is None else req_idx.tolist()
-            ids = [self.runner.req_states.index_to_req_id.get(slot) for slot in slots[:num_rows]]
+            slots = self.batch_slots if req_idx is None else req_idx
+            assert slots is not None, "the rows of a batch are not known"
+            known = self.runner.req_states.index_to_req_id
+            ids = [known.get(slot) for slot in slots[:num_rows].tolist()]
         return ids + [None] * (num_rows - len(ids))
 
     def warm_up(self) -> None:
