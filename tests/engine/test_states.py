@@ -1,5 +1,4 @@
-"""Models of which some layers hold a state (state space, linear attention, short convolutions): the
-others are compacted, these go on."""
+"""Models of which some layers hold a state: the others are compacted, these go on."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import pytest
 from tests.engine import driver
 from tests.engine.alike import assert_alike, assert_differs
 from tests.engine.models import make_state_model
+from tests.engine.quarter import check_a_quarter
 from vllm_am.config import CompactionConfigError, Threshold
 from vllm_am.engine.footprint import Footprint
 
@@ -126,36 +126,8 @@ def test_linear_attention(qwen, monkeypatch):
 
 
 def test_a_quarter_frees_the_blocks_of_the_formula(granite):
-    """Of the layers that are compacted; the others hold a state or two whatever happens."""
-    rng = random.Random(0)
-    lengths = (700, 1100, 1500)
-    asks = [driver.Ask(driver.random_prompt(rng, n), 24) for n in lengths]
-    held = {}
-
-    def look(engine, _):
-        blocks = engine.scheduler.compaction.blocks
-        for name in blocks.req_to_blocks:
-            most = max(
-                sum(not b.is_null for b in state.req_to_blocks.get(name, ()))
-                for state in blocks.states
-            )
-            held[name.partition("-")[0]] = blocks.held_blocks(name), most
-
-    compaction = {"ratio": 0.25, "threshold": 256, "recent_tokens": 32, "budgets": "global"}
-    compaction["query_pool_share"] = 1.0  # all of them are read at once
-    with driver.start(granite, compaction, **NOT_CACHED) as engine:
-        engine.before_step = look
-        engine.run(asks)
-        assert engine.totals.compactions == len(lengths) and not engine.totals.failures
-    freed = 0
-    for index, length in enumerate(lengths):
-        span = (length - 32) // BLOCK * BLOCK - BLOCK  # between protected and recent
-        target = -(-span // 4 // BLOCK)
-        freed += span // BLOCK - target
-        ours, states = held[str(index)]
-        assert ours == -(-(length + 23) // BLOCK) - span // BLOCK + target
-        assert states == 1
-    assert engine.totals.blocks_freed == freed
+    """Of the layers that are compacted; the others hold one state whatever happens."""
+    assert check_a_quarter(granite, BLOCK) == [1, 1, 1]
 
 
 def test_a_pool_that_holds_one_sequence_serves_many(granite):
