@@ -23,7 +23,7 @@ DEMO_ARGS ?=
 SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-models test test-fast gpu-suite lint format clean distclean
+.PHONY: help setup demo real-models test test-fast gpu-suite docs release lint format clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ test-fast: setup ## Run the tests that are not marked slow
 
 gpu-suite: setup ## Run everything that needs a GPU: device tests, speed against peers
 	$(PY) -m benchmarks.gpu_suite $(SUITE_ARGS)
+
+docs: setup ## Build the documentation into build/docs, with what the code generates
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+release: setup ## Build, check, install in a fresh environment, serve; stops before uploading
+	$(PY) -m scripts.release
 
 lint: setup ## Check style, formatting and types
 	$(PY) -m ruff check .

@@ -43,7 +43,7 @@ def test_blocks_of_a_span(tokens, ratio, block_size, blocks):
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("ratio", [0.1, 0.02, 0.07])
 def test_a_span_falls_short_by_less_than_a_block(ratio, block_size):
-    """The bound that the README gives."""
+    """The bound that docs/how-it-works.md gives."""
     for tokens in range(block_size, 40_000, block_size):
         held = span_blocks(tokens, ratio, block_size) * block_size
         assert ratio * tokens - 1e-6 <= held < ratio * tokens + block_size

@@ -191,6 +191,14 @@ def test_wheel_has_the_entry_points(distributions):
     assert written == {"console_scripts": project["scripts"], **project["entry-points"]}
 
 
+def test_the_index_would_take_them(distributions):
+    """README renders, metadata is whole."""
+    said = run(
+        sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions), cwd=ROOT
+    )
+    assert said.count("PASSED") == 2
+
+
 def test_pip_install_from_the_clone_gives_the_same(clone, tmp_path):
     """``pip install .`` makes its wheel of the clone itself, not of an sdist."""
     source, target = copy_tracked(tmp_path / "clone"), tmp_path / "installed"

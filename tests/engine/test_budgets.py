@@ -73,7 +73,7 @@ BUDGETS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
 def test_the_blocks_held_are_those_of_the_formula(tiny_model, budgets):
-    """To the block, for spans and whole sequences, in one segment and several (README)."""
+    """To the block, for spans and whole sequences, in one segment and several."""
     limits = {"threshold": 512, "recent_tokens": 40, "max_span_tokens": 700}
     options = {**limits, "budgets": budgets, "cache": "off"}
     compactions = 0

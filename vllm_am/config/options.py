@@ -50,76 +50,99 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class CompactionConfig:
-    """Options of KV compaction. Units and defaults are documented in the README's table."""
+    """Options of KV compaction.
+
+    The text below each field is what `--help=kv-compaction-config` and the documentation's page of
+    options show (:mod:`vllm_am.config.option_help`): markdown, for users.
+    """
 
     ratio: float = 0.1
-    """Fraction of the keys of a compacted span that is kept, per KV head; in (0, 1]."""
+    """Fraction of the compacted KV that is **kept**, in (0, 1]; `"50x"` is the same as 0.02 (some
+    libraries count the fraction removed). 1 leaves everything as it is."""
     threshold: int | str | None = None
-    """Tokens per sequence, or ``"80%"`` of the KV pool; None: :data:`DEFAULT_THRESHOLD_TOKENS`."""
+    """Uncompacted tokens that a sequence may hold; or a share of the KV pool such as `"80%"`:
+    sequences are compacted, longest first, when more of the pool is in use, *instead of* being
+    preempted. null: 4096, or half of `--max-model-len` if that is less."""
     method: str = "highest-attention"
-    """How keys are chosen and fitted: a name in :data:`vllm_am.compaction.METHODS`."""
+    """How keys are chosen and fitted: `highest-attention`, `omp`, `omp-fast` (the paper's),
+    `peaks-and-coverage`, `peaks-and-coverage-auto`, `eliminate` (ours); `evict-mean`, `evict-max`,
+    `snapkv`, `recent`, `random` only evict, to compare with."""
     budgets: str | dict[str, float] = "auto"
-    """How the pages of a span are divided among all heads: ``"global"`` (by their share of the
-    highest attention scores of the sequence), ``"auto"`` (the same, in which heads that look up and
-    copy count for more), ``"uniform"``, or shares by head."""
+    """How the pages of a compacted span are divided among all heads: `uniform`; `global`, by how
+    many of the best keys of the sequence a head holds; `auto`, the same, but keys of heads that
+    look up and copy count for more (found at startup, in one short pass over random tokens; the log
+    names them); or a JSON file of shares `{"L0H0": 0.01, ...}` of every head, as the paper's
+    authors publish them and `vllm-am budgets` measures them."""
     reference_queries: int = 8192
     """At most this many reference query vectors per KV head and sequence (a GQA group pooled)."""
     queries: str | dict[str, float] = "context-rotated"
-    """Where reference queries come from: one of :data:`QUERY_SOURCES`, or fractions of them."""
+    """Where reference queries come from: `context-rotated` (the prompt's own, rotated to positions
+    behind it, free), `context-prefill` (the same as they were captured), `repeat-prefill` (the text
+    is repeated), `self-study` (the model writes about it), `prompts` (your typical questions),
+    `random`; or a mixture such as `{"prompts": 0.5, "context-rotated": 0.5}`."""
     instruction: str = "Repeat the previous context verbatim."
-    """What ``repeat-prefill`` puts between the context and its repetition."""
+    """What stands between the context and its repetition (`repeat-prefill`)."""
     starters: tuple[str, ...] = STARTERS
-    """What ``self-study`` asks the model to write about the context."""
+    """What the model is asked to write about the context (`self-study`): main points, key facts,
+    JSON, questions with answers."""
     self_study_tokens: int = 256
-    """Most tokens that the model writes for each starter."""
+    """Most tokens that the model writes for each starter (`self-study`)."""
     prompts_file: str | None = None
-    """Text file of the questions of ``prompts``: what users typically ask, one per line."""
+    """Text file of what users typically ask, one per line (`prompts`)."""
     prompts_tokens: int = 32
-    """Most tokens that the model answers to each of the ``prompts``."""
+    """Most tokens that the model answers to each line of the file (`prompts`)."""
     pass_tokens: int = 2048
     """Most tokens that one reference pass reads; longer texts are repeated in several passes."""
     on_policy: bool = False
-    """Each layer is compacted in the middle of a forward pass of the reference texts, from the
-    queries that arrive there through the layers compacted before it."""
+    """Each layer is compacted in the middle of a forward pass of the reference texts, from queries
+    that come through the layers compacted before it: one more pass instead of one for each layer,
+    and the whole fit in one engine step. Needs a query source with passes."""
     reference_prompts: dict[str, list[list[int]]] | None = None
-    """Token ids of what passes read, by source; None: encoded at startup from the texts above."""
+    """Token ids of what the passes read, by source, instead of the texts above; null: encoded at
+    startup."""
     query_pool_share: float = 1 / 32
-    """Token positions whose queries the engine can hold at once, as a share of the KV pool's."""
+    """Token positions whose queries can be held at once, as a share of the KV pool's, at least one
+    sequence's (two, where that is no more than an eighth). A sequence that there is no room for
+    when it is read stays exact. Costs `share x group / 2` of the KV memory."""
     heldout_share: float = 1 / 32
     """Share of the reference queries that is kept out of the fit, to measure its error on. Small: a
     key that only one of these asks for is lost."""
     max_error: float | None = None
-    """Highest held-out output error of a compaction, mean over heads; a fit above it is thrown away
-    and tried with twice the slots, until nothing would be saved. None: no bound."""
+    """Bound of a compaction's held-out output error (mean over heads): a fit above it is thrown
+    away and tried with twice the slots, and the sequence stays exact if nothing would be saved.
+    null: no bound."""
     recent_tokens: int = 64
     """The most recent tokens of a sequence, which stay exact."""
     protected_tokens: int = 4
-    """The first tokens of a sequence, which stay exact (attention sinks); whole blocks."""
+    """The first tokens of a sequence (attention sinks), which stay exact; whole blocks."""
     min_span_tokens: int = 256
     """Shortest span worth compacting when the threshold is a share of the pool."""
     max_span_tokens: int = 16384
     """Longest span fitted as one problem; longer ones become several segments."""
     merge_slots: int | None = None
     """Once the compacted part of a sequence has more slots per head (on average) than this, its
-    segments are merged into one of as many, in whole blocks. None: never."""
+    segments are merged into one of as many: bounds the memory of endless sequences, at the price of
+    compacting old text again (queries of the compacted tokens stay in the query pool for it).
+    null: never."""
     cache: str = "auto"
-    """Whether compacted prefixes are kept for requests that begin with the same text: ``"on"``,
-    ``"off"``, or ``"auto"``: where vLLM caches exact prefixes, and there is no ``merge_slots``.
-    Their fits read no query from behind the span."""
+    """Whether compacted prefixes are kept for requests that begin with the same text: `on`, `off`,
+    or `auto`: where vLLM caches exact prefixes, and there is no `merge_slots`. Their fits read no
+    query from behind the span."""
     preload: tuple[str, ...] = ()
-    """Files of compacted prefixes (``vllm-am compact``), which are loaded at startup and pinned."""
+    """Files of compacted prefixes (`vllm-am compact`), which are loaded at startup and kept."""
     load_any_options: bool = False
-    """Load files that were compacted with other options than these (never of other models)."""
+    """Load prefixes that were compacted with other options than the server's (never of another
+    model)."""
     prefix_folder: str | None = None
-    """Where prefixes are saved to and loaded from over HTTP; None: they are not."""
+    """Where prefixes are saved to and loaded from over HTTP; null: they are not."""
     pinned_share: float = 0.5
-    """Of the KV pool, what pinned prefixes may hold at most."""
+    """Of the KV pool, what named prefixes may hold at most."""
     step_ms: float | None = None
-    """What compaction may add to one engine step, in milliseconds; longer fits are spread over
-    steps. None: as much as the model's own steps take, up to :data:`DEFAULT_STEP_MS`."""
+    """Most milliseconds that fits may add to one engine step; longer fits are spread over steps.
+    null: as many as the model's own steps take, and 20 at most, on a CPU 50."""
     pressed_step_ms: float | None = None
-    """The same while somebody waits for blocks of the KV pool. None: :data:`PRESSED` times as
-    much."""
+    """The same while somebody waits for KV blocks. null: ten times `step_ms`, or 200, on a CPU
+    500."""
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> CompactionConfig:

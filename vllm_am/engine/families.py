@@ -1,4 +1,4 @@
-"""Families of models that compaction is proven on: what ``vllm-am models`` prints, and README.
+"""Families of models that compaction is proven on: what ``vllm-am models`` prints.
 
 ``tests/engine/test_families.py`` and ``test_multimodal.py`` serve tiny models of each of them as
 stock vLLM does, token for token, and hold this table against what they prove.
@@ -80,7 +80,7 @@ def is_proven(hf_config: Any) -> bool:
 
 
 def table() -> str:
-    """As README has it."""
+    """Markdown, for the documentation."""
     lines = ["| models | layers that are compacted | |", "|---|---|---|"]
     lines += [f"| {f.name} | {f.compacted} | {f.note} |" for f in FAMILIES]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a fit takes beside the KV cache on a CPU: README's formula ("Memory")."""
+"""What a fit takes beside the KV cache on a CPU: the formula of docs/how-it-works.md ("Memory")."""
 
 from __future__ import annotations
 

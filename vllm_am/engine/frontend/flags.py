@@ -25,6 +25,7 @@ from vllm_am.config import (
     parse_threshold,
     shown,
 )
+from vllm_am.config.option_help import option_help
 
 METHOD_NAME = "attention-matching"
 
@@ -54,6 +55,17 @@ def _json_object(text: str) -> dict[str, Any]:
             f"--kv-compaction-config: expected a JSON object, got {shown(text)}"
         )
     return value
+
+
+def _help_of_options() -> str:
+    """What else can be set: a list, whose items vLLM's formatter keeps apart."""
+    own_flags = {"ratio", "threshold", "cache", "preload"}
+    items = (
+        f"- {option.name} (default: {option.default}): {option.text}"
+        for option in option_help()
+        if option.name not in own_flags
+    )
+    return "\n".join(items).replace("%", "%%").replace("`", "").replace("*", "")
 
 
 def add_flags(parser: Any) -> Any:
@@ -107,8 +119,8 @@ def add_flags(parser: Any) -> Any:
         type=_json_object,
         default=None,
         metavar="JSON",
-        help="All other options as a JSON object, e.g. '{\"recent_tokens\": 128}'; see the "
-        "README's table.",
+        help="All other options as a JSON object, e.g. '{\"recent_tokens\": 128}':\n"
+        + _help_of_options(),
     )
     return parser
 

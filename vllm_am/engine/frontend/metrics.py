@@ -26,6 +26,7 @@ _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0)
 
+_PREFIX = "vllm:kv_compaction_"
 
 #: By field of ``Holdings``: name and help of its gauge.
 _GAUGES = {
@@ -48,6 +49,15 @@ _GAUGES = {
 
 #: By field of ``CompactionStats``: help of its counter.
 _COUNTERS = {
+    "compactions": "Spans of KV cache compacted.",
+    "merges": "Times a sequence's segments were merged into one.",
+    "tokens": "Tokens whose KV was compacted.",
+    "slots": "Slots per head that compacted tokens were kept in.",
+    "blocks_freed": "KV blocks that compaction gave back.",
+    "reference_tokens": "Tokens computed by reference passes; no part of any other metric.",
+    "reference_shortfalls": (
+        "Compactions whose reference passes were left out or cut short, for want of room."
+    ),
     "pressed_steps": "Engine steps with more time for fits, as somebody waited for KV blocks.",
     "thin_spans": "Spans left exact, as the query pool was full when they were read.",
     "media_requests": "Requests left exact because they bring images, audio or video.",
@@ -60,83 +70,69 @@ _COUNTERS = {
 }
 
 
+#: By field of ``CompactionStats``: name, help and buckets of its histogram.
+_HISTOGRAMS = {
+    "seconds": ("seconds", "Time of the fit of one compaction or merge.", _SECONDS_BUCKETS),
+    "step_seconds": (
+        "step_seconds",
+        "Time that fits have added to one engine step (bounded by step_ms).",
+        _STEP_BUCKETS,
+    ),
+    "output_errors": (
+        "output_error",
+        "Mean relative error of the attention output on held-out queries.",
+        _ERROR_BUCKETS,
+    ),
+    "mass_errors": (
+        "mass_error",
+        "Mean relative error of the attention mass on held-out queries.",
+        _ERROR_BUCKETS,
+    ),
+}
+
+_FAILURES = "Compactions given up, by reason; the sequence stayed exact."
+_INFO = "Options of KV compaction, in the labels; always 1."
+
+
+def described() -> list[tuple[str, str, str]]:
+    """Name as Prometheus has it, type and help of each metric, for the documentation."""
+    counters = [(f"{field}_total", "counter", text) for field, text in _COUNTERS.items()]
+    histograms = [(name, "histogram", text) for name, text, _ in _HISTOGRAMS.values()]
+    gauges = [(name, "gauge", text) for name, text in _GAUGES.values()]
+    others = [("failures_total", "counter", _FAILURES), ("info", "gauge", _INFO)]
+    return [
+        (f"{_PREFIX}{name}", kind, text)
+        for name, kind, text in (*counters, *histograms, *gauges, *others)
+    ]
+
+
 class CompactionMetrics:
     """The ``vllm:kv_compaction_*`` metrics, labelled like vLLM's own."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         labels = ["model_name", "engine"]
         self._model_name = vllm_config.model_config.served_model_name
-        self._compactions = prometheus_client.Counter(
-            "vllm:kv_compaction_compactions", "Spans of KV cache compacted.", labels
-        )
-        self._merges = prometheus_client.Counter(
-            "vllm:kv_compaction_merges", "Times a sequence's segments were merged into one.", labels
-        )
-        self._tokens = prometheus_client.Counter(
-            "vllm:kv_compaction_tokens", "Tokens whose KV was compacted.", labels
-        )
-        self._slots = prometheus_client.Counter(
-            "vllm:kv_compaction_slots", "Slots per head that compacted tokens were kept in.", labels
-        )
-        self._blocks = prometheus_client.Counter(
-            "vllm:kv_compaction_blocks_freed", "KV blocks that compaction gave back.", labels
-        )
-        self._failures = prometheus_client.Counter(
-            "vllm:kv_compaction_failures",
-            "Compactions given up; the sequence stayed exact.",
-            [*labels, "reason"],
-        )
-        self._reference_tokens = prometheus_client.Counter(
-            "vllm:kv_compaction_reference_tokens",
-            "Tokens computed by reference passes; no part of any other metric.",
-            labels,
-        )
-        self._reference_shortfalls = prometheus_client.Counter(
-            "vllm:kv_compaction_reference_shortfalls",
-            "Compactions whose reference passes were left out or cut short, for want of room.",
-            labels,
-        )
         self._counters = {
-            field: prometheus_client.Counter(f"vllm:kv_compaction_{field}", text, labels)
+            field: prometheus_client.Counter(f"{_PREFIX}{field}", text, labels)
             for field, text in _COUNTERS.items()
         }
-        self._seconds = prometheus_client.Histogram(
-            "vllm:kv_compaction_seconds",
-            "Time of the fit of one compaction or merge.",
-            labels,
-            buckets=_SECONDS_BUCKETS,
+        self._failures = prometheus_client.Counter(
+            f"{_PREFIX}failures", _FAILURES, [*labels, "reason"]
         )
-        self._step_seconds = prometheus_client.Histogram(
-            "vllm:kv_compaction_step_seconds",
-            "Time that fits have added to one engine step (bounded by step_ms).",
-            labels,
-            buckets=_STEP_BUCKETS,
-        )
-        self._output_error = prometheus_client.Histogram(
-            "vllm:kv_compaction_output_error",
-            "Mean relative error of the attention output on held-out queries.",
-            labels,
-            buckets=_ERROR_BUCKETS,
-        )
-        self._mass_error = prometheus_client.Histogram(
-            "vllm:kv_compaction_mass_error",
-            "Mean relative error of the attention mass on held-out queries.",
-            labels,
-            buckets=_ERROR_BUCKETS,
-        )
+        self._histograms = {
+            field: prometheus_client.Histogram(f"{_PREFIX}{name}", text, labels, buckets=buckets)
+            for field, (name, text, buckets) in _HISTOGRAMS.items()
+        }
         # As vLLM's own gauges where several API servers write them: the latest value counts.
         self._gauges = {
             field: prometheus_client.Gauge(
-                f"vllm:kv_compaction_{name}", text, labels, multiprocess_mode="mostrecent"
+                f"{_PREFIX}{name}", text, labels, multiprocess_mode="mostrecent"
             )
             for field, (name, text) in _GAUGES.items()
         }
         info = _info(vllm_config)
         self._info = prometheus_client.Gauge(
-            "vllm:kv_compaction_info",
-            "Options of KV compaction, in the labels; always 1.",
-            [*labels, *info],
-            multiprocess_mode="mostrecent",
+            f"{_PREFIX}info", _INFO, [*labels, *info], multiprocess_mode="mostrecent"
         )
         for engine in engine_indexes:
             self._info.labels(self._model_name, str(engine), *info.values()).set(1)
@@ -148,25 +144,14 @@ class CompactionMetrics:
     def record(self, stats: CompactionStats, engine: int) -> None:
         """Add one report of engine ``engine``."""
         labels = (self._model_name, str(engine))
-        self._compactions.labels(*labels).inc(stats.compactions)
-        self._merges.labels(*labels).inc(stats.merges)
-        self._tokens.labels(*labels).inc(stats.tokens)
-        self._slots.labels(*labels).inc(stats.slots)
-        self._blocks.labels(*labels).inc(stats.blocks_freed)
-        self._reference_tokens.labels(*labels).inc(stats.reference_tokens)
-        self._reference_shortfalls.labels(*labels).inc(stats.reference_shortfalls)
         for field, counter in self._counters.items():
             counter.labels(*labels).inc(getattr(stats, field))
         for reason, count in stats.failures.items():
             self._failures.labels(*labels, reason).inc(count)
-        for histogram, values in (
-            (self._seconds.labels(*labels), stats.seconds),
-            (self._step_seconds.labels(*labels), stats.step_seconds),
-            (self._output_error.labels(*labels), stats.output_errors),
-            (self._mass_error.labels(*labels), stats.mass_errors),
-        ):
-            for value in values:
-                histogram.observe(value)
+        for field, histogram in self._histograms.items():
+            observe = histogram.labels(*labels).observe
+            for value in getattr(stats, field):
+                observe(value)
         if stats.now is not None:
             for field, gauge in self._gauges.items():
                 gauge.labels(*labels).set(getattr(stats.now, field))
