@@ -185,6 +185,10 @@ def plan(
     utilization: Annotated[float, typer.Option(help="As --gpu-memory-utilization.")] = 0.9,
     block_size: Annotated[int, typer.Option(help="As --block-size.")] = 16,
     threshold: Annotated[str, typer.Option(help="As --kv-compaction-threshold.")] = "",
+    sequences: Annotated[
+        int,
+        typer.Option(help="Contexts to serve at once: names the gentlest ratio for them.", min=0),
+    ] = 0,
 ) -> None:
     """Say how many contexts fit into a GPU with and without compaction, and what each holds.
 
@@ -206,6 +210,19 @@ def plan(
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     console.print(plan_table(found))
+    if sequences:
+        console.print(plan_ratio(found, sequences), highlight=False)
+
+
+def plan_ratio(found: Plan, sequences: int) -> str:
+    """What so many contexts at once need."""
+    ratio = found.ratio_for(sequences)
+    if ratio is None:
+        return f"{sequences:,} at once: at no ratio; more memory, or shorter contexts"
+    if ratio == 1:
+        return f"{sequences:,} at once: without compaction"
+    fit = found.with_ratio(ratio).sequences[1]
+    return f"{sequences:,} at once: --kv-compaction-ratio {1 / ratio:g}x ({fit:,} fit)"
 
 
 def plan_table(found: Plan) -> Table:
@@ -222,6 +239,7 @@ def plan_table(found: Plan) -> Table:
     table.add_row("a context holds, GiB", f"{exact * gib:.2f}", f"{held * gib:.2f}")
     table.add_row("vLLM admits one with, blocks", f"{exact:,}", f"{found.peak_blocks:,}")
     table.add_row("contexts at once", f"{before:,}", f"{after:,}")
+    table.add_row("its fits take, s (as on an H200)", "", f"{found.fit_seconds:.1f}")
     return table
 
 

@@ -8,7 +8,7 @@ largest batch and CUDA graphs: leave room for them with ``--utilization``, as fo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ BATCHED_TOKENS = 8192
 
 #: Bytes of a 16-bit number: of weights and keys.
 ITEMSIZE = 2
+
+#: Measured on an H200 (``benchmarks/results/gpu``): a fit of 32,768 tokens of Qwen3-4B (36 layers,
+#: 8 heads of 128) takes 0.54 s with equal budgets, and 2.25 times as long with the default's.
+FIT_SECONDS_PER_TOKEN_AND_HEAD = 2.25 * 0.54 / 32_768 / (36 * 8)
+
+#: Ratios that are tried for a number of contexts, the gentlest first.
+RATIOS_TO_TRY = (0.5, 0.2, 0.1, 0.05, 0.02)
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -81,6 +88,11 @@ class Shape:
             head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
             weight_bytes=_parameters(config) * itemsize // tensor_parallel,
         )
+
+    def fit_seconds_per_token(self) -> float:
+        """Of a compaction on an H200, by what one took there (any GPU of its speed)."""
+        heads = self.layers * self.kv_heads
+        return FIT_SECONDS_PER_TOKEN_AND_HEAD * heads * self.head_size / 128
 
     def token_bytes(self, itemsize: int) -> int:
         """Keys and values of a token, in all layers."""
@@ -170,6 +182,24 @@ class Plan:
             end = span.end
         exact = limits.protected_tokens + prompt + generated - end
         return blocks + ceil_div(exact, limits.block_size)
+
+    @property
+    def fit_seconds(self) -> float:
+        """That the fits of the longest context take on an H200, one after the other."""
+        return self.limits.max_model_len * self.shape.fit_seconds_per_token()
+
+    def with_ratio(self, ratio: float) -> Plan:
+        """The same at another ratio."""
+        config = replace(self.limits.config, ratio=ratio)
+        return replace(self, limits=replace(self.limits, config=config))
+
+    def ratio_for(self, sequences: int) -> float | None:
+        """The gentlest ratio at which so many of the longest context fit; 1 where they fit without
+        compaction, None where they never do."""
+        if self.sequences[0] >= sequences:
+            return 1.0
+        fitting = (r for r in RATIOS_TO_TRY if self.with_ratio(r).sequences[1] >= sequences)
+        return next(fitting, None)
 
     @property
     def peak_blocks(self) -> int:

@@ -51,6 +51,9 @@ class EngineResult:
     compactions: int
     failures: int
     pool_blocks: int
+    compacted_tokens: int
+    fit_seconds: float
+    """Of the last thousand fits, in both runs."""
 
 
 def run_engine(case: EngineCase, timeout: float = 580) -> EngineResult:
@@ -120,6 +123,8 @@ def _serve(case: EngineCase) -> EngineResult:
         compactions=totals.compactions if totals else 0,
         failures=sum(totals.failures.values()) if totals else 0,
         pool_blocks=scheduler.kv_cache_manager.block_pool.num_gpu_blocks,
+        compacted_tokens=totals.tokens if totals else 0,
+        fit_seconds=sum(totals.seconds) if totals else 0.0,
     )
 
 

@@ -53,6 +53,13 @@ SCRIPTS = (
     Script("benchmarks.nothing_compacted", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.neighbours", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.soak", "benchmarks/out", "benchmarks/results", option="--out"),
+    Script(
+        "benchmarks.fleet",
+        "benchmarks/out",
+        "benchmarks/results",
+        where="benchmarks.fleet.__main__",
+        option="--out",
+    ),
     Script("benchmarks.page_overhead", "benchmarks/out", "benchmarks/results", option="--out"),
     Script(
         "benchmarks.vs_reference", "benchmarks/out", "benchmarks/results", ("--reference", "none")

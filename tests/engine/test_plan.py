@@ -71,6 +71,17 @@ def test_blocks_of_a_sequence(tiny_model, prompt, options):
     assert settled == {n: plan.held_blocks(prompt, n) for n in settled} and len(settled) > 30
 
 
+def test_the_gentlest_ratio_for_a_number_of_contexts(tiny_model):
+    plan = plan_for(tiny_model, 2048, 32, threshold=400)
+    exact = plan.sequences[0]
+    assert plan.ratio_for(exact) == 1
+    ratio = plan.ratio_for(2 * exact)
+    assert ratio is not None and plan.with_ratio(ratio).sequences[1] >= 2 * exact
+    gentler = plan.with_ratio(0.5).sequences[1]
+    assert ratio == 0.5 if gentler >= 2 * exact else gentler < 2 * exact
+    assert plan.ratio_for(1000 * exact) is None
+
+
 def test_a_share_of_the_pool_compacts_all_that_can_be(tiny_model):
     plan = plan_for(tiny_model, 2048, 32, threshold="50%", ratio=0.1)
     # The protected block, a tenth of what is behind it, and the newest tokens.
@@ -133,6 +144,13 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, [*ask, "80GB"])
     assert result.exit_code == 0, result.output
     assert "32,768 tokens, blocks of 16" in result.output and "2,048" in result.output
+    for count, says in (
+        (2, "without compaction"),
+        (60, "--kv-compaction-ratio"),
+        (9999, "no ratio"),
+    ):
+        result = CliRunner().invoke(app, [*ask, "80GB", "--sequences", str(count)])
+        assert f"{count:,} at once: " in result.output and says in result.output
     for memory, says in (("8GB", "weights alone"), ("plenty", "expected a size")):
         result = CliRunner().invoke(app, [*ask, memory])
         assert result.exit_code == 2 and says in " ".join(result.output.split())
