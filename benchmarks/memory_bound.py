@@ -79,6 +79,7 @@ CPU = Workload(
     thresholds=(1000, "80%"),
     block_size=32,
     engine={"enforce_eager": True, "dtype": "float32", "gpu_memory_utilization": 0.2},
+    warmups=1,
 )
 
 #: For tests.

@@ -103,7 +103,7 @@ def main(
     check: Annotated[
         bool, typer.Option("--check", help="The simulation against the real engine, on a CPU.")
     ] = False,
-    requests: Annotated[int, typer.Option(help="Of each trace.")] = 600,
+    requests: Annotated[int, typer.Option(help="Of each trace.")] = 200,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     dollars: Annotated[float, typer.Option(help="Per GPU and hour.")] = 3.0,
 ) -> None:
@@ -113,9 +113,9 @@ def main(
         from benchmarks.fleet.check import checked
 
         notes = [
-            "Costs are fitted to six runs of other sizes in ample memory, for each engine by "
-            "itself; tokens/s of tight pools are predicted from them. The workload is that of "
-            "`memory_bound`."
+            "Ten requests at once, 1,500 tokens of prompt and 500 of answer. Costs are fitted to "
+            "five runs of other sizes in ample memory, for each engine by itself; tokens/s of "
+            "tight pools are predicted from them."
         ]
         Report("fleet-check", "The simulation against the real engine", checked(), notes).write(
             folder

@@ -21,16 +21,17 @@ from benchmarks.memory_bound import CPU, Workload
 from vllm_am.config.options import DEFAULT_STEP_MS
 from vllm_am.plan import make_plan
 
+#: What is predicted.
+LOAD = replace(CPU, requests=10, prompt_tokens=1500, output_tokens=500)
 #: Requests at once, tokens of their prompts and answers: what costs are fitted to.
 SHAPES = (
-    (1, 500, 200),
-    (12, 300, 200),
-    (4, 1000, 100),
-    (12, 2000, 20),
-    (4, 2000, 600),
-    (12, 2000, 300),
+    (1, 400, 150),
+    (10, 300, 150),
+    (10, 1500, 20),
+    (3, 1500, 400),
+    (10, 1500, 200),
 )
-AMPLE, TIGHT = 16, (2, 4)
+AMPLE, TIGHT = 12, (2, 4)
 BATCHED_TOKENS = 2048
 
 
@@ -57,6 +58,7 @@ class Setting:
                 prompt_tokens=load.prompt_tokens,
                 output_tokens=load.output_tokens,
                 kv_compaction=self.options if self.compacts else None,
+                warmups=load.warmups,
                 engine={
                     "max_model_len": self.context,
                     "max_num_seqs": load.requests,
@@ -98,7 +100,7 @@ class Setting:
     @property
     def context(self) -> int:
         """Longest, as the pool's size counts it."""
-        return CPU.prompt_tokens + CPU.output_tokens + 64
+        return LOAD.prompt_tokens + LOAD.output_tokens + 64
 
     @property
     def blocks(self) -> int:
@@ -112,7 +114,7 @@ def fitted(compacts: bool) -> Costs:
     costs = Costs(1e-3, 1e-5, 0, 1e-4, 1e-8, 1e-8, 1e-5, limit)
     settings = [
         Setting(
-            replace(CPU, requests=requests, prompt_tokens=prompt, output_tokens=output),
+            replace(LOAD, requests=requests, prompt_tokens=prompt, output_tokens=output),
             AMPLE,
             compacts,
         )
@@ -143,7 +145,7 @@ def checked() -> Iterator[Row]:
     for compacts in (False, True):
         costs = fitted(compacts)
         for pool in TIGHT:
-            setting = Setting(CPU, pool, compacts)
+            setting = Setting(LOAD, pool, compacts)
             result, outcome = setting.measured(), setting.simulated(costs)
             yield {
                 "pool, contexts": pool,

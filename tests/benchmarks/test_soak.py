@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 @pytest.mark.parametrize("api_servers", ["1", "2"])
 def test_nothing_goes_wrong(tmp_path, api_servers):
-    command = ("--seconds", "60", "--api-servers", api_servers, "--out", str(tmp_path))
+    command = ("--seconds", "30", "--api-servers", api_servers, "--out", str(tmp_path))
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", *command],
         cwd=ROOT,

@@ -162,63 +162,29 @@ def test_a_file_that_is_none(server):
     assert answer(server, TASKS[0].question.text)["choices"]
 
 
-def test_a_document_is_compacted_once_and_served_elsewhere(tmp_path):
-    """``vllm-am compact``, then a server that loads it before it is ready."""
-    (tmp_path / "contract.txt").write_text(DOCUMENT)
-    out = tmp_path / "contract.kv"
-    made = subprocess.run(
-        [
-            *(COMMANDS / "vllm-am", "compact", str(tmp_path / "contract.txt")),
-            *("--model", str(MODEL), "--ratio", "20x", "-o", str(out), *ENGINE),
-        ],
-        env={**environment_of_servers(), **ENVIRONMENT},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert "tokens in 128 slots per head" in made.stdout
-    with pytest.MonkeyPatch.context() as environment:
-        for name in (*OWN_VARIABLES, *ENVIRONMENT):
-            environment.delenv(name, raising=False)
-        with serving(tmp_path, "--kv-compaction-preload", str(out)) as server:
-            environment.undo()
-            server.wait_until_ready()
-            found = answer(server, TASKS[0].question.text)
-            assert TASKS[0].question.value in found["choices"][0]["message"]["content"]
-            assert cached(found) == 1984
-            metrics = server.metrics()
-            assert metrics.total("vllm:kv_compaction_cache_loads_total") == 1
-            assert metrics.total("vllm:kv_compaction_compactions_total") == 0
-            assert metrics.total("vllm:kv_compaction_cache_blocks_pinned") == 5
-            # No VLLM_PLUGINS was needed for that; with it, the same prefix is there to be seen.
-            listed = call(server, "GET", PREFIXES).json()["prefixes"]
-            assert [each["name"] for each in listed] == ["contract"]
+def test_a_wrong_option_is_a_400_at_each_front_end(server):
+    """Before it answers "200 OK" to a streaming client; the others are served."""
+    for number in range(12):
+        body = {"model": "recall", "prompt": "What is it ?", "max_tokens": 4}
+        wrong = {"vllm_xargs": {"kv_compaction_ratio": "0"}, "stream": bool(number % 2)}
+        refused = call(server, "POST", "/v1/completions", **body, **wrong)
+        assert refused.status_code == 400 and "kv_compaction_ratio" in refused.text
+        assert call(server, "POST", "/v1/completions", **body).status_code == 200
 
 
-def test_a_file_of_another_model_stops_the_start(tmp_path, tiny_model):
+def test_a_file_of_another_model_stops_the_start(server, tiny_model):
     """Before anything is loaded, and by name."""
-    (tmp_path / "a.txt").write_text(DOCUMENT)
-    out = tmp_path / "a.kv"
-    subprocess.run(
-        [
-            *(COMMANDS / "vllm-am", "compact", str(tmp_path / "a.txt")),
-            *("--model", str(MODEL), "-o", str(out), *ENGINE),
-        ],
-        env={**environment_of_servers(), **ENVIRONMENT},
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    made = call(server, "POST", PREFIXES, name="other", prompt=DOCUMENT)
+    assert made.status_code == 200, made.text
+    out = call(server, "POST", f"{PREFIXES}/other/save").json()["file"]
+    call(server, "DELETE", f"{PREFIXES}/other")
     command = [
         COMMANDS / "vllm",
         "serve",
         str(tiny_model),
         *FLAGS,
         "--kv-compaction-preload",
-        str(out),
+        out,
     ]
     refused = subprocess.run(
         command,

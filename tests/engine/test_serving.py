@@ -565,3 +565,40 @@ def test_no_fit_for_a_request_that_ends_before_it(tiny_model, force_async):
     least = min(tokens for tokens, found in compactions.items() if found)
     assert least <= (5 if force_async else 3)
     assert all(compactions[tokens] for tokens in range(least, 7))
+
+
+@pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
+def test_a_burst_in_a_short_pool_is_read_as_queries_find_room(tiny_model, force_async):
+    """Eight prompts at once, blocks for three of them and queries for one or two: they are
+    compacted one after the other, from their whole samples, until the blocks suffice for those that
+    are left, and none is preempted. Where they suffice from the first, all are read at once."""
+    rng = random.Random(11)
+    asks = [Ask(random_prompt(rng, 800), 100) for _ in range(8)]
+    options = {"ratio": 0.1, "threshold": 500, "recent_tokens": 32, "query_pool_share": 0}
+    begun = {}
+
+    def watch(engine, step):
+        begun[step] = sum(r.num_computed_tokens > 0 for r in engine.scheduler.running)
+
+    for blocks, at_once in ((3 * _blocks(900) + 1, False), (9 * _blocks(900) + 1, True)):
+        preempted = []
+        with driver.start(
+            tiny_model,
+            options,
+            force_async,
+            num_gpu_blocks_override=blocks,
+            max_model_len=1000,
+            max_num_batched_tokens=8192,
+        ) as engine:
+            preempt = engine.scheduler._preempt_request
+
+            def count(*args, preempt=preempt, seen=preempted, **named):
+                seen.append(args)
+                return preempt(*args, **named)
+
+            engine.scheduler._preempt_request = count
+            engine.before_step = watch
+            engine.run(asks)
+            assert (begun[3] == 8) == at_once
+            if not at_once:
+                assert engine.totals.compactions >= 4 and not preempted

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoConfig
 
 from benchmarks.demo import Density, make_tasks
 from benchmarks.serving import Server, free_port
@@ -68,10 +69,11 @@ def run(*words: str | Path, url: str = "", cwd: Path = ROOT, text: str = "", **m
     """Output of an example, which must succeed."""
     environment = {name: v for name, v in os.environ.items() if name not in OWN_VARIABLES}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment |= {"URL": url, **more}
     done = subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
-        env={**environment, "URL": url, **more},
+        env=environment,
         input=text,
         capture_output=True,
         text=True,
@@ -149,16 +151,22 @@ def test_named_prefixes(server, document):
 
 
 def test_save_and_preload(document, tmp_path):
-    port = str(free_port())
-    answer = run(
+    """``vllm-am compact``, then a server that loads the file before it is ready."""
+    said = run(
         *(EXAMPLES / "save_and_preload.sh", MODEL, document, FACTS[2].text),
         cwd=tmp_path,
-        PORT=port,
-        FLAGS=" ".join(ENGINE),
-        **ENVIRONMENT,
-    )
-    [said] = [line for line in answer.splitlines() if line.startswith("{")]
-    assert FACTS[2].value in json.loads(said)["choices"][0]["message"]["content"]
+        PORT=str(free_port()),
+        FLAGS=" ".join([*ENGINE, "--enable-prompt-tokens-details"]),
+        **{**ENVIRONMENT, "VLLM_PLUGINS": "vllm_am"},
+    ).splitlines()
+    assert any("tokens in 128 slots per head" in line for line in said)
+    [answer] = [json.loads(line) for line in said if line.startswith("{")]
+    assert FACTS[2].value in answer["choices"][0]["message"]["content"]
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 1984
+    counted = {line.split("{")[0]: float(line.split()[-1]) for line in said if "_total{" in line}
+    assert counted["vllm:kv_compaction_cache_loads_total"] == 1
+    # The ratio of the request is that of the file.
+    assert counted["vllm:kv_compaction_compactions_total"] == 0
 
 
 def test_offline_batch(document):
@@ -169,37 +177,30 @@ def test_offline_batch(document):
 
 
 def test_own_budgets(tmp_path):
-    """The measurement itself; then the server of the file's last line, until it is ready."""
+    """The measurement, and a ``vllm`` that says what it was asked; servers with a file of budgets
+    are in ``tests/engine/test_budgets.py``."""
     cut = " ".join(DOCUMENT.split()[:120])
     lines = [{"context": cut, "question": FACTS[0].text, "answer": FACTS[0].answer}]
-    Path(tmp_path, "documents.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    port = free_port()
-    environment = {k: v for k, v in os.environ.items() if k not in OWN_VARIABLES}
-    environment |= ENVIRONMENT
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    flags = [*ENGINE, "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(
-        [EXAMPLES / "own_budgets.sh", MODEL, "documents.jsonl"],
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "vllm").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    (programs / "vllm").chmod(0o755)
+    (programs / "vllm-am").symlink_to(Path(sys.executable).parent / "vllm-am")
+    said = run(
+        *(EXAMPLES / "own_budgets.sh", MODEL, "documents.jsonl"),
         cwd=tmp_path,
-        env={**environment, "FLAGS": " ".join(flags)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            said = ""
-            for line in process.stdout:
-                said += line
-                if "Application startup complete" in line:
-                    break
-            assert "Application startup complete" in said, said[-3000:]
-            assert "KV compaction is on" in said
-            assert set(json.loads(Path(tmp_path, "budgets.json").read_text()))
-        finally:
-            os.killpg(process.pid, 15)
-            process.stdout.read()
+        FLAGS="--block-size 32",
+        PATH=f"{programs}:{os.environ['PATH']}",
+    ).splitlines()
+    model = AutoConfig.from_pretrained(MODEL)
+    heads = model.num_hidden_layers * model.num_key_value_heads
+    shares = json.loads((tmp_path / "budgets.json").read_text())
+    assert len(shares) == heads and sum(shares.values()) == pytest.approx(1, rel=1e-3)
+    assert said[said.index("serve") :] == [
+        *("serve", str(MODEL), "--kv-compaction", "attention-matching"),
+        *("--kv-compaction-config", '{"budgets": "budgets.json"}', "--block-size", "32"),
+    ]
 
 
 def test_plain_tensors():

@@ -172,7 +172,7 @@ class ReferenceQueries:
         if self._config.pass_fraction == 1 or use is Use.PERHAPS:
             return len(blocks)
         least = SUFFICIENT_SHARE
-        if self._room(use) < rate * tokens:
+        if self.room(use) < rate * tokens:
             if use is not Use.MUST:
                 return len(blocks)
             least = LEAST_SHARE
@@ -267,13 +267,22 @@ class ReferenceQueries:
         begun = request.num_computed_tokens - count
         held = [b.block_id for b in blocks[: begun // self._limits.block_size] if not b.is_null]
         self._pool.promote(held, use)
-        tokens = request.num_prompt_tokens - begun
-        needed = rate * tokens + (1 - rate) * min(tokens, PROMPT_TAIL_POSITIONS)
-        if use is not Use.MUST and needed > self._room(use):
+        needed = self.needed(request, rate, begun)
+        if use is not Use.MUST and needed > self.room(use):
             return Reading(Use.PERHAPS, 0.0)
         return Reading(use, needed)
 
-    def _room(self, use: Use) -> float:
+    def needed(self, request: Request, rate: float, begun: int = 0) -> float:
+        """Positions of its prompt from token ``begun`` on that are kept."""
+        tokens = request.num_prompt_tokens - begun
+        return rate * tokens + (1 - rate) * min(tokens, PROMPT_TAIL_POSITIONS)
+
+    @property
+    def are_read(self) -> bool:
+        """Whether a prompt is being read whose sample is kept."""
+        return any(reading.left > 0 for reading in self._reading.values())
+
+    def room(self, use: Use) -> float:
         """Positions that a sequence may have now, beside what others are going to read."""
         promised = sum(reading.left for reading in self._reading.values() if reading.use >= use)
         return self._pool.room(use) - promised

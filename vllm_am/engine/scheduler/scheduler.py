@@ -91,7 +91,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         self._holds_preemption = bool(self.compaction.jobs.all)
         self._held_preemption = False
         try:
-            output = super().schedule(*args, **kwargs)
+            with self.compaction.admission.limited(self):
+                output = super().schedule(*args, **kwargs)
         finally:
             self._holds_preemption = False
         self._drop_preempted(step)
@@ -121,7 +122,7 @@ class CompactionSchedulerMixin(ReferencePassMixin):
 
     def _somebody_waits(self) -> bool:
         """For blocks, which compactions under way would give: then they may take longer steps."""
-        if self._held_preemption:
+        if self._held_preemption or self.compaction.admission.waits:
             return True
         if not self.waiting or len(self.running) >= self.max_num_running_reqs:
             return False

@@ -163,18 +163,20 @@ class Sequences:
 
     def must_be_compacted(self, request: Request) -> bool:
         """Whether the pool could not hold it otherwise, or some of it was compacted already."""
-        longest = min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
-        blocks = self._planner.blocks_to_grow(longest)
+        blocks = self._planner.blocks_to_grow(self.longest(request))
         has_segments = bool(self._blocks.segments(request.request_id))
         return has_segments or blocks > self._planner.num_blocks
+
+    def longest(self, request: Request) -> int:
+        """Tokens that it may come to."""
+        return min(request.num_prompt_tokens + request.max_tokens, self._limits.max_model_len)
 
     def _steps_left(self, request: Request) -> int | None:
         """See ``SequenceView``; None while its prompt is being read."""
         pending = request.num_output_placeholders
         if request.num_computed_tokens - pending < request.num_prompt_tokens:
             return None
-        longest = request.num_prompt_tokens + request.max_tokens
-        left = min(longest, self._limits.max_model_len) - request.num_tokens
+        left = self.longest(request) - request.num_tokens
         # Where tokens are pending, so is what the workers report: async scheduling.
         return left - 2 * pending
 

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_am.config import CompactionConfig
 from vllm_am.engine.footprint import ceil_div
 from vllm_am.engine.limits import EngineLimits
+from vllm_am.engine.scheduler.admission import Admission
 from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.commit import Commits
 from vllm_am.engine.scheduler.give_up import Failures
@@ -43,6 +44,7 @@ class CompactionState:
     queries: ReferenceQueries
     sequences: Sequences
     sharing: Sharing
+    admission: Admission
     jobs: Jobs
     pace: Pace
     commits: Commits
@@ -93,6 +95,7 @@ class CompactionState:
             queries=queries,
             sequences=sequences,
             sharing=Sharing(planner, blocks, sequences, journal),
+            admission=Admission(planner, blocks, sequences, queries, jobs),
             jobs=jobs,
             pace=pace,
             commits=Commits(blocks, queries, journal),

@@ -1,0 +1,105 @@
+"""Who waits for room in the query pool, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_am.engine.footprint import ceil_div
+from vllm_am.engine.scheduler.query_pool import Use
+
+pytestmark = pytest.mark.engine
+
+
+def request(tokens, computed=0, use=Use.OWN):
+    return SimpleNamespace(
+        num_prompt_tokens=tokens, num_computed_tokens=computed, use=use, max_tokens=0
+    )
+
+
+class World:
+    """A pool of blocks of 16 and a pool of queries; every position is kept."""
+
+    def __init__(self, free_blocks=50, room=1000, jobs=(), reads=False):
+        from vllm_am.engine.scheduler.admission import Admission
+
+        self.jobs = SimpleNamespace(all=list(jobs))
+        self.queries = SimpleNamespace(
+            are_read=reads,
+            room=lambda use: room,
+            needed=lambda request, rate: rate * request.num_prompt_tokens,
+        )
+        pool = SimpleNamespace(get_num_free_blocks=lambda: free_blocks)
+        self.admission = Admission(
+            SimpleNamespace(blocks_to_grow=lambda tokens: ceil_div(tokens, 16)),
+            SimpleNamespace(block_pool=pool),
+            SimpleNamespace(
+                longest=lambda request: request.num_prompt_tokens + request.max_tokens,
+                use_of_queries=lambda request: request.use,
+                options=lambda request: SimpleNamespace(sample_rate=1.0),
+            ),
+            self.queries,
+            self.jobs,
+        )
+
+
+def test_as_many_begin_as_find_room_for_their_queries():
+    """The second and third, 500 tokens each, come when the fits of those before have ended."""
+    world = World(free_blocks=50, room=1100)
+    waiting = [request(500), request(500), request(500)]
+    assert world.admission.most(waiting, []) == 2
+    assert world.admission.waits
+
+
+def test_where_blocks_suffice_for_all_nobody_waits():
+    waiting = [request(500), request(500), request(500)]
+    world = World(free_blocks=100, room=100, jobs=["one"])
+    assert world.admission.most(waiting, []) is None
+    assert not world.admission.waits
+    # With what running ones are going to need.
+    assert (
+        World(free_blocks=100, room=100, jobs=["one"]).admission.most(
+            waiting, [request(400, computed=300)] * 2
+        )
+        == 0
+    )
+
+
+def test_who_needs_no_queries_passes():
+    """One that will not be compacted, and one that the pool could not hold otherwise."""
+    waiting = [request(900, use=Use.PERHAPS), request(5000, use=Use.MUST), request(500)]
+    assert World(room=400, jobs=["one"]).admission.most(waiting, []) == 2
+
+
+def test_nobody_waits_where_nothing_would_make_room():
+    """After the steps that lie between a prompt's end and its fit."""
+    world = World(room=100, reads=True)
+    waiting = [request(900)]
+    assert world.admission.most(waiting, []) == 0
+    world.queries.are_read = False
+    assert [world.admission.most(waiting, []) for _ in range(4)] == [0, 0, None, None]
+    assert not world.admission.waits
+    world.jobs.all.append("a fit")
+    assert world.admission.most(waiting, []) == 0
+
+
+def test_the_limit_holds_for_a_step_and_not_beside_passes():
+    world = World(room=600)
+    scheduler = SimpleNamespace(
+        max_num_active_reqs=8,
+        num_waiting_for_streaming_input=1,
+        running=[request(100, computed=100)],
+        waiting=[request(500), request(500)],
+        studies={},
+    )
+    with world.admission.limited(scheduler):
+        assert scheduler.max_num_active_reqs == 3
+    assert scheduler.max_num_active_reqs == 8
+    scheduler.studies = {"somebody": None}
+    with world.admission.limited(scheduler):
+        assert scheduler.max_num_active_reqs == 8
+    scheduler.studies = {}
+    with pytest.raises(RuntimeError), world.admission.limited(scheduler):
+        raise RuntimeError
+    assert scheduler.max_num_active_reqs == 8

@@ -1,0 +1,111 @@
+"""Who waits for room in the query pool before it is read, where the pool of KV blocks is short.
+
+A sequence that finds the query pool full when it is read stays exact: a fit to a part of its sample
+loses most of what is asked later. Where the pool of KV blocks holds all that run and wait to their
+ends, this costs nothing. Where it does not, the next prompt had better be read a moment later, when
+a fit under way has given its queries back: as an exact sequence it would keep others out, or be
+preempted, and be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from vllm.v1.request import Request
+
+from vllm_am.engine.scheduler.blocks import CompactingManager
+from vllm_am.engine.scheduler.jobs import Jobs
+from vllm_am.engine.scheduler.planner import Planner
+from vllm_am.engine.scheduler.query_pool import Use
+from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
+from vllm_am.engine.scheduler.sequences import Sequences
+
+#: Steps between the end of a prompt and the beginning of its fit, with async scheduling.
+_STEPS_BETWEEN = 3
+
+
+class Admission:
+    """Whether the next request is read now."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        blocks: CompactingManager,
+        sequences: Sequences,
+        queries: ReferenceQueries,
+        jobs: Jobs,
+    ) -> None:
+        self._planner = planner
+        self._blocks = blocks
+        self._sequences = sequences
+        self._queries = queries
+        self._jobs = jobs
+        self._patience = 0
+        """Steps until nothing is expected to give queries back any more."""
+        self.waits = False
+        """Somebody waits for room, in this step."""
+
+    @contextmanager
+    def limited(self, scheduler: Any) -> Iterator[None]:
+        """While a step is scheduled, no more requests begin than :meth:`most` says.
+
+        Args:
+            scheduler: ours; while passes read texts, which want the same places, it is let alone.
+        """
+        before = scheduler.max_num_active_reqs
+        admitted = None if scheduler.studies else self.most(scheduler.waiting, scheduler.running)
+        if admitted is not None:
+            active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
+            scheduler.max_num_active_reqs = min(before, active + admitted)
+        try:
+            yield
+        finally:
+            scheduler.max_num_active_reqs = before
+
+    def most(self, waiting: Iterable[Request], running: Iterable[Request]) -> int | None:
+        """How many of those that wait may begin in this step; None: as many as find blocks.
+
+        Those that find room for their queries. Where nobody does, and nothing is on the way that
+        would make room, all may begin: nobody waits for ever.
+
+        Args:
+            waiting: in their order.
+        """
+        coming = self._jobs.all or self._queries.are_read
+        self._patience = _STEPS_BETWEEN if coming else max(0, self._patience - 1)
+        self.waits = False
+        if not self._is_short(waiting, running):
+            return None
+        taken = 0.0
+        for count, request in enumerate(waiting):
+            needed = self._needed(request, taken)
+            if needed is None:
+                self.waits = count > 0 or self._patience > 0
+                return count if self.waits else None
+            taken += needed
+        return None
+
+    def _needed(self, request: Request, taken: float) -> float | None:
+        """Positions of the query pool for a request; None where there is no room for them.
+
+        Args:
+            taken: by those before it.
+        """
+        use = self._sequences.use_of_queries(request)
+        if use in (Use.PERHAPS, Use.MUST):
+            return 0.0
+        needed = self._queries.needed(request, self._sequences.options(request).sample_rate)
+        return needed if taken + needed <= self._queries.room(use) else None
+
+    def _is_short(self, waiting: Iterable[Request], running: Iterable[Request]) -> bool:
+        """Whether the pool of KV blocks could not hold all of these to their ends."""
+        free = self._blocks.block_pool.get_num_free_blocks()
+        for request in chain(running, waiting):
+            left = self._sequences.longest(request) - request.num_computed_tokens
+            free -= self._planner.blocks_to_grow(max(0, left))
+            if free < 0:
+                return True
+        return False
