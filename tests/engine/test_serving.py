@@ -569,12 +569,12 @@ def test_no_fit_for_a_request_that_ends_before_it(tiny_model, force_async):
 
 @pytest.mark.parametrize("force_async", [False, True], ids=["sync", "async"])
 def test_a_burst_in_a_short_pool_is_read_as_queries_find_room(tiny_model, force_async):
-    """Eight prompts at once, blocks for three of them and queries for one or two: they are
-    compacted one after the other, from their whole samples, until the blocks suffice for those that
-    are left, and none is preempted. Where they suffice from the first, all are read at once."""
+    """Eight prompts at once, blocks for three of them and queries for one: they are compacted one
+    after the other, from their whole samples, and none is preempted. Read at once, four would stay
+    exact, and two be preempted. Where blocks suffice for all, they are read at once."""
     rng = random.Random(11)
     asks = [Ask(random_prompt(rng, 800), 100) for _ in range(8)]
-    options = {"ratio": 0.1, "threshold": 500, "recent_tokens": 32, "query_pool_share": 0}
+    options = {"ratio": 0.1, "threshold": 500, "recent_tokens": 32, "query_pool_share": 0.5}
     begun = {}
 
     def watch(engine, step):
@@ -601,4 +601,5 @@ def test_a_burst_in_a_short_pool_is_read_as_queries_find_room(tiny_model, force_
             engine.run(asks)
             assert (begun[3] == 8) == at_once
             if not at_once:
-                assert engine.totals.compactions >= 4 and not preempted
+                assert engine.totals.compactions == 8 and engine.totals.thin_spans == 0
+                assert not preempted

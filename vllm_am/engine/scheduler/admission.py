@@ -86,6 +86,8 @@ class Admission:
                 self.waits = count > 0 or self._patience > 0
                 return count if self.waits else None
             taken += needed
+            if needed:  # it begins, and its fit follows
+                self._patience = _STEPS_BETWEEN
         return None
 
     def _needed(self, request: Request, taken: float) -> float | None:
