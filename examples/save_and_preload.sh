@@ -27,4 +27,5 @@ done
 
 URL=http://localhost:$port "$(dirname "$0")/one_request.sh" "$document" "$question"
 # Loaded once, and nothing was compacted here:
-curl -s "http://localhost:$port/metrics" | grep -E '^vllm:kv_compaction_(cache_loads|compactions)_total'
+curl -s "http://localhost:$port/metrics" |
+  grep -E '^vllm:kv_compaction_(cache_loads|cache_hit_tokens|compactions)_total'
