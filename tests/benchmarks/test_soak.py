@@ -1,4 +1,4 @@
-"""A short life of a server under everything that clients do, with one and with two API servers."""
+"""A short life of a server with two API servers under everything that clients do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from tests.engine.driver import ROOT, environment_of_servers
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 
-@pytest.mark.parametrize("api_servers", ["1", "2"])
-def test_nothing_goes_wrong(tmp_path, api_servers):
-    command = ("--seconds", "30", "--api-servers", api_servers, "--out", str(tmp_path))
+def test_nothing_goes_wrong(tmp_path):
+    command = ("--seconds", "30", "--api-servers", "2", "--out", str(tmp_path))
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", *command],
         cwd=ROOT,
@@ -28,6 +27,6 @@ def test_nothing_goes_wrong(tmp_path, api_servers):
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     with (tmp_path / "soak.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert int(row["faults"]) == 0 and row["API servers"] == api_servers
+    assert int(row["faults"]) == 0 and row["API servers"] == "2"
     for name in ("answered", "bystanders", "refused", "given up", "compactions"):
         assert int(row[name]) >= 5, (name, row)

@@ -156,11 +156,10 @@ def test_what_is_loaded_is_what_was_saved(tiny_model, tmp_path):
         },
         {"options": {"block_size": 64, "num_gpu_blocks_override": 257}},
         {"options": {"block_size": 16, "num_gpu_blocks_override": 1025}},
-        {"v2": True},
         {"v2": True, "force_async": True},
         {"environment": {"PYTHONHASHSEED": "7"}},
     ],
-    ids=["tp2", "pp2", "blocks-64", "blocks-16", "v2", "v2-async", "hash-seed"],
+    ids=["tp2", "pp2", "blocks-64", "blocks-16", "v2-async", "hash-seed"],
 )
 def test_other_engines_load_it(tiny_model, tmp_path, stock, way):
     """Other ranks, other blocks, another runner, other hashes."""
