@@ -28,4 +28,4 @@ done
 URL=http://localhost:$port "$(dirname "$0")/one_request.sh" "$document" "$question"
 # Loaded once, and nothing was compacted here:
 curl -s "http://localhost:$port/metrics" |
-  grep -E '^vllm:kv_compaction_(cache_loads|cache_hit_tokens|compactions)_total'
+  grep -E '^vllm:kv_compaction_(cache_(loads_total|hit_tokens_total|blocks_pinned)|compactions_total)'

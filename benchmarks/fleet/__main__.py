@@ -126,8 +126,9 @@ def main(
     notes = [
         "Nothing here is measured: vLLM's scheduler and ours are simulated step by step, with the "
         "costs of an H200 (`benchmarks/fleet/costs.py`), whatever its memory. `conversation`: "
-        "lengths and rate of Mooncake's trace; `documents`: ours (`benchmarks/fleet/traces.py`). "
-        "No prefixes are shared. `of all`: of the same GPU's tokens/s where all is kept.",
+        "lengths and rate of Mooncake's trace; `documents`, `reasoning`: ours "
+        "(`benchmarks/fleet/traces.py`). No prefixes are shared. `of all`: of the same GPU's "
+        "tokens/s where all is kept.",
         f"Qwen3-4B, {requests} requests, threshold {THRESHOLD}, ${dollars:g} per GPU and hour.",
     ]
     title = "A GPU with a day's requests, on paper"

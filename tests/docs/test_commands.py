@@ -17,14 +17,6 @@ from vllm_am.cli import app
 from vllm_am.config import RequestOverrides
 
 
-@pytest.fixture(scope="module")
-def serve_parser(plugin):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
-
-
 def check_vllm(words: list[str], parser) -> None:
     assert words[0] == "serve"
     [help_of] = [w.partition("=")[2] for w in words if w.startswith("--help=")] or [None]

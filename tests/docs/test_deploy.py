@@ -48,10 +48,7 @@ def test_the_gpu_image_installs_what_the_package_needs():
 
 
 @pytest.mark.slow
-def test_kubernetes_starts_the_server_with_flags_that_it_takes(plugin):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
+def test_kubernetes_starts_the_server_with_flags_that_it_takes(serve_parser):
     documents = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     assert [each["kind"] for each in documents] == [
         "PersistentVolumeClaim",
@@ -61,7 +58,7 @@ def test_kubernetes_starts_the_server_with_flags_that_it_takes(plugin):
     volume, deployment, service = documents
     pod = deployment["spec"]["template"]
     [container] = pod["spec"]["containers"]
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(container["args"])
+    arguments = serve_parser.parse_args(container["args"])
     options = arguments.additional_config["kv_compaction"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert options["prefix_folder"] in mounts

@@ -21,7 +21,7 @@ from benchmarks.demo import Density, make_tasks
 from benchmarks.serving import Server, free_port
 from tests.docs.deployed import metrics_queried
 from tests.docs.pages import ROOT, blocks
-from tests.engine.driver import OWN_VARIABLES
+from tests.engine.driver import environment_of_servers
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -67,7 +67,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 def run(*words: str | Path, url: str = "", cwd: Path = ROOT, text: str = "", **more: str) -> str:
     """Output of an example, which must succeed."""
-    environment = {name: v for name, v in os.environ.items() if name not in OWN_VARIABLES}
+    environment = environment_of_servers()
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment |= {"URL": url, **more}
     done = subprocess.run(
@@ -157,14 +157,17 @@ def test_save_and_preload(document, tmp_path):
         cwd=tmp_path,
         PORT=str(free_port()),
         FLAGS=" ".join(ENGINE),
-        **{**ENVIRONMENT, "VLLM_PLUGINS": "vllm_am"},
+        **ENVIRONMENT,
     ).splitlines()
     assert any("tokens in 128 slots per head" in line for line in said)
     [answer] = [json.loads(line) for line in said if line.startswith("{")]
     assert FACTS[2].value in answer["choices"][0]["message"]["content"]
-    counted = {line.split("{")[0]: float(line.split()[-1]) for line in said if "_total{" in line}
+    counted = {
+        line.split("{")[0]: float(line.split()[-1]) for line in said if line.startswith("vllm:")
+    }
     assert counted["vllm:kv_compaction_cache_loads_total"] == 1
     assert counted["vllm:kv_compaction_cache_hit_tokens_total"] == 1952
+    assert counted["vllm:kv_compaction_cache_blocks_pinned"] == 5
     # The ratio of the request is that of the file.
     assert counted["vllm:kv_compaction_compactions_total"] == 0
 

@@ -48,19 +48,19 @@ def test_as_many_begin_as_find_room_for_their_queries():
     """The second and third, 500 tokens each, come when the fits of those before have ended."""
     world = World(free_blocks=50, room=1100)
     waiting = [request(500), request(500), request(500)]
-    assert world.admission.most(waiting, []) == 2
+    assert world.admission.most(waiting, [], 8) == 2
     assert world.admission.waits
 
 
 def test_where_blocks_suffice_for_all_nobody_waits():
     waiting = [request(500), request(500), request(500)]
     world = World(free_blocks=100, room=100, jobs=["one"])
-    assert world.admission.most(waiting, []) is None
+    assert world.admission.most(waiting, [], 8) is None
     assert not world.admission.waits
     # With what running ones are going to need.
     assert (
         World(free_blocks=100, room=100, jobs=["one"]).admission.most(
-            waiting, [request(400, computed=300)] * 2
+            waiting, [request(400, computed=300)] * 2, 8
         )
         == 0
     )
@@ -69,19 +69,27 @@ def test_where_blocks_suffice_for_all_nobody_waits():
 def test_who_needs_no_queries_passes():
     """One that will not be compacted, and one that the pool could not hold otherwise."""
     waiting = [request(900, use=Use.PERHAPS), request(5000, use=Use.MUST), request(500)]
-    assert World(room=400, jobs=["one"]).admission.most(waiting, []) == 2
+    assert World(room=400, jobs=["one"]).admission.most(waiting, [], 8) == 2
 
 
 def test_nobody_waits_where_nothing_would_make_room():
     """After the steps that lie between a prompt's end and its fit."""
     world = World(room=100, reads=True)
     waiting = [request(900)]
-    assert world.admission.most(waiting, []) == 0
+    assert world.admission.most(waiting, [], 8) == 0
     world.queries.are_read = False
-    assert [world.admission.most(waiting, []) for _ in range(4)] == [0, 0, None, None]
+    assert [world.admission.most(waiting, [], 8) for _ in range(4)] == [0, 0, None, None]
     assert not world.admission.waits
     world.jobs.all.append("a fit")
-    assert world.admission.most(waiting, []) == 0
+    assert world.admission.most(waiting, [], 8) == 0
+
+
+def test_no_more_are_looked_at_than_there_are_places_for():
+    """Nor any where nobody waits."""
+    waiting = [request(500), request(500), request(500)]
+    assert World(room=600).admission.most(waiting, [], 1) is None
+    assert World(room=600).admission.most(waiting, [], 2) == 1
+    assert World(free_blocks=0, room=0, jobs=["one"]).admission.most([], [], 8) is None
 
 
 def test_the_limit_holds_for_a_step_and_not_beside_passes():
@@ -96,9 +104,11 @@ def test_the_limit_holds_for_a_step_and_not_beside_passes():
     with world.admission.limited(scheduler):
         assert scheduler.max_num_active_reqs == 3
     assert scheduler.max_num_active_reqs == 8
+    assert world.admission.waits
     scheduler.studies = {"somebody": None}
     with world.admission.limited(scheduler):
         assert scheduler.max_num_active_reqs == 8
+    assert not world.admission.waits
     scheduler.studies = {}
     with pytest.raises(RuntimeError), world.admission.limited(scheduler):
         raise RuntimeError

@@ -9,9 +9,9 @@ preempted, and be computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from vllm.v1.request import Request
@@ -55,17 +55,20 @@ class Admission:
         Args:
             scheduler: ours; while passes read texts, which want the same places, it is let alone.
         """
-        before = scheduler.max_num_active_reqs
-        admitted = None if scheduler.studies else self.most(scheduler.waiting, scheduler.running)
-        if admitted is not None:
+        before, self.waits = scheduler.max_num_active_reqs, False
+        if not scheduler.studies:
             active = len(scheduler.running) + scheduler.num_waiting_for_streaming_input
-            scheduler.max_num_active_reqs = min(before, active + admitted)
+            admitted = self.most(scheduler.waiting, scheduler.running, before - active)
+            if admitted is not None:
+                scheduler.max_num_active_reqs = active + admitted
         try:
             yield
         finally:
             scheduler.max_num_active_reqs = before
 
-    def most(self, waiting: Iterable[Request], running: Iterable[Request]) -> int | None:
+    def most(
+        self, waiting: Collection[Request], running: Iterable[Request], places: int
+    ) -> int | None:
         """How many of those that wait may begin in this step; None: as many as find blocks.
 
         Those that find room for their queries. Where nobody does, and nothing is on the way that
@@ -73,34 +76,28 @@ class Admission:
 
         Args:
             waiting: in their order.
+            places: most that can begin, whatever they need.
         """
         coming = self._jobs.all or self._queries.are_read
         self._patience = _STEPS_BETWEEN if coming else max(0, self._patience - 1)
         self.waits = False
-        if not self._is_short(waiting, running):
+        if not waiting or not self._is_short(waiting, running):
             return None
         taken = 0.0
-        for count, request in enumerate(waiting):
-            needed = self._needed(request, taken)
-            if needed is None:
+        rooms: dict[Use, float] = {}
+        for count, request in enumerate(islice(waiting, max(0, places))):
+            use = self._sequences.use_of_queries(request)
+            if use in (Use.PERHAPS, Use.MUST):  # which waits for no room
+                continue
+            if use not in rooms:
+                rooms[use] = self._queries.room(use)
+            rate = self._sequences.options(request).sample_rate
+            taken += self._queries.needed(request, rate)
+            if taken > rooms[use]:
                 self.waits = count > 0 or self._patience > 0
                 return count if self.waits else None
-            taken += needed
-            if needed:  # it begins, and its fit follows
-                self._patience = _STEPS_BETWEEN
+            self._patience = _STEPS_BETWEEN  # it begins, and its fit follows
         return None
-
-    def _needed(self, request: Request, taken: float) -> float | None:
-        """Positions of the query pool for a request; None where there is no room for them.
-
-        Args:
-            taken: by those before it.
-        """
-        use = self._sequences.use_of_queries(request)
-        if use in (Use.PERHAPS, Use.MUST):
-            return 0.0
-        needed = self._queries.needed(request, self._sequences.options(request).sample_rate)
-        return needed if taken + needed <= self._queries.room(use) else None
 
     def _is_short(self, waiting: Iterable[Request], running: Iterable[Request]) -> bool:
         """Whether the pool of KV blocks could not hold all of these to their ends."""
