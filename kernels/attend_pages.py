@@ -15,7 +15,10 @@ from torch import Tensor
 
 from vllm_am.compaction.attend_pages import PagedRow
 from vllm_am.compaction.pages import PagedKV
-from vllm_am.kernels.cpu_library import FUNCTIONS, library
+from vllm_am.kernels.cpu_library import library
+
+#: Entry points of the library, by the dtype of the pages.
+FUNCTIONS = {torch.float32: "attend_pages_float32", torch.bfloat16: "attend_pages_bfloat16"}
 
 #: Rows with more new tokens than this are attended to faster as matrix products.
 MOST_NEW = 8

@@ -1,4 +1,5 @@
-"""csrc/attend_pages.cpp as a library: compiled by the machine's own compiler, found again later.
+"""The CPU kernels of ``csrc/`` as a library: compiled by the machine's own compiler, found again
+later.
 
 What was built once is used from then on, also where there is no compiler (images: ``vllm-am build``
 builds it ahead). It is named by its source and its flags, so that another version or another CPU
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,8 +46,21 @@ VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 
-#: Entry points, by the dtype of the pages.
-FUNCTIONS = {torch.float32: "attend_pages_float32", torch.bfloat16: "attend_pages_bfloat16"}
+#: What is compiled, and what that includes.
+UNITS, HEADERS = ("attend_pages.cpp", "weigh_scores.cpp"), ("cpu.h",)
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_ATTEND = (
+    *(_POINTER, _POINTER, _NUMBER, _POINTER, _NUMBER, _NUMBER, _NUMBER),
+    *(ctypes.c_float, _POINTER),
+)
+_WEIGH = (_POINTER, _POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, _NUMBER)
+#: Entry points and the types of their arguments; none returns anything.
+ENTRY_POINTS: dict[str, tuple[Any, ...]] = {
+    "attend_pages_float32": _ATTEND,
+    "attend_pages_bfloat16": _ATTEND,
+    "weigh_scores_float32": _WEIGH,
+}
 
 
 class Loaded(NamedTuple):
@@ -72,23 +86,18 @@ def load() -> Loaded:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         return Loaded(None, reason.strip())
-    for name in FUNCTIONS.values():
+    for name, arguments in ENTRY_POINTS.items():
         function = getattr(code, name)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = (
-            *(pointer, pointer, number, pointer, number, number, number),
-            *(ctypes.c_float, pointer),
-        )
-        function.restype = None
+        function.argtypes, function.restype = arguments, None
     return Loaded(code, f"{torch.backends.cpu.get_cpu_capability()}, {place}")
 
 
 def cached_library() -> Path:
     """Where the library is kept, whether or not it is there."""
-    source = SOURCES / "attend_pages.cpp"
-    identity = b"\0".join([source.read_bytes(), " ".join(_flags()).encode()])
+    sources = [(SOURCES / name).read_bytes() for name in (*UNITS, *HEADERS)]
+    identity = b"\0".join([*sources, " ".join(_flags()).encode()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vllm-am")
-    return cache / f"attend_pages-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    return cache / f"cpu-{hashlib.sha256(identity).hexdigest()[:16]}.so"
 
 
 def _flags() -> list[str]:
@@ -135,6 +144,7 @@ def _compile(target: Path) -> Path:
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler[0]) is None:
         raise NoCompiler(f"no compiler: {compiler[0]} is not there (install g++, or set CXX)")
-    command = [*compiler, *_flags(), str(SOURCES / "attend_pages.cpp"), "-o", str(target)]
+    units = [str(SOURCES / name) for name in UNITS]
+    command = [*compiler, *_flags(), *units, "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target

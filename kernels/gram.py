@@ -5,8 +5,8 @@ Both fits are least squares over the reference queries on a matrix of one form,
 
     A_ij = u_i exp(s_ij - l_i):
 
-for the mass, u = 1 and l is the log-sum-exp over the original keys, for the output, u is the root
-of the row weight and l the log-sum-exp over the kept keys. A kernel writes A, split in two halves
+with u the root of the row weight, for the mass, l is the log-sum-exp over the original keys, for
+the output, that over the kept keys. A kernel writes A, split in two halves
 of fp16, and cuBLAS multiplies: recomputing the exponentials in every tile of A'A would cost t / 128
 times as many, and a matrix product of one's own would at best save the half of A'A that is the
 mirror image of the other. The rows are multiplied in bands; of small heads several are one batch,
@@ -229,13 +229,15 @@ def mass_normal_equations(
     lse: Tensor,
     *,
     scale: float,
+    row_weights: Tensor | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """A'A / n and A'1 / n with A_ij = exp(s_ij - lse_i), as ``fit_bias`` has them.
+    """A'RA / r and A'R1 / r with A_ij = exp(s_ij - lse_i), as ``fit_bias`` has them.
 
     Args:
         keys: [H, t, D], kept keys; queries: [H, n, D]; one dtype: bf16, fp16 or fp32.
         bias: [H, t], -inf in padding. lse: [H, n], over a set of keys that includes these.
+        row_weights: [n], at most 1, or None for 1.
         scale, softcap: as in ``attention_statistics``.
 
     Returns:
@@ -245,8 +247,13 @@ def mass_normal_equations(
     rows = queries.shape[1]
     lse = lse.float().contiguous()
     constants = score_constants(scale, softcap)
-    design = _Design(with_rows(keys), _floats(bias), with_rows(queries), lse, None, *constants)
-    gram, rhs = _normal_equations(design, None, 1 / max(rows, 1))
+    roots, targets, factor = None, None, 1 / max(rows, 1)
+    if row_weights is not None:
+        roots = row_weights.float().sqrt().expand(len(keys), rows).contiguous()
+        targets = (torch.ones_like(roots).unsqueeze(2), roots.unsqueeze(2))
+        factor = 1 / row_weights.double().sum()
+    design = _Design(with_rows(keys), _floats(bias), with_rows(queries), lse, roots, *constants)
+    gram, rhs = _normal_equations(design, targets, factor)
     return gram, rhs.squeeze(2)
 
 
@@ -257,19 +264,20 @@ def output_normal_equations(
     output: Tensor,
     *,
     scale: float,
+    row_weights: Tensor | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """X'WX and X'WY with X the softmax over the kept keys, as ``fit_values`` has them.
 
     Args:
-        keys, bias, queries, scale, softcap: as in ``mass_normal_equations``.
+        keys, bias, queries, scale, row_weights, softcap: as in ``mass_normal_equations``.
         output: [H, n, Dv] fp32, the original outputs Y, which also determine the row weights W.
 
     Returns:
         gram [H, t, t] and rhs [H, t, Dv], fp64.
     """
     lse = attention_lse(keys, queries, scale=scale, key_bias=bias, softcap=softcap)
-    root = output_row_weights(output)  # [H, n, 1]
+    root = output_row_weights(output, row_weights)  # [H, n, 1]
     constants = score_constants(scale, softcap)
     design = _Design(
         with_rows(keys),
@@ -283,7 +291,7 @@ def output_normal_equations(
 
 
 def _normal_equations(
-    design: _Design, targets: tuple[Tensor, Tensor] | None, factor: float
+    design: _Design, targets: tuple[Tensor, Tensor] | None, factor: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """A'A [H, t, t] and A'Y [H, t, r] times ``factor``, in fp64.
 
@@ -334,7 +342,7 @@ def _normal_equations(
         half = y.shape[2] // 2
         upper[..., :half].add_(upper[..., half:]).add_(lower[..., :half])
         rhs[part] = upper[:, :size, :columns]
-    factor /= _UNIT**2
+    factor = factor / _UNIT**2
     return gram.mul_(factor), rhs.mul_(factor if peak is None else peak.double() * factor)
 
 

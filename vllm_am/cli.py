@@ -245,7 +245,7 @@ def plan_table(found: Plan) -> Table:
 
 @app.command()
 def build() -> None:
-    """Compile the attention kernel of CPUs now, into the cache folder where servers look for it.
+    """Compile the CPU kernels now, into the cache folder where servers look for it.
 
     For images, which need no compiler then: run it as the user that serves, on the kind of CPU that
     serves. `XDG_CACHE_HOME` names another cache folder.

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.compaction.synthetic import random_problem
-from vllm_am.compaction.attend import attend, causal_mask, merge
+from vllm_am.compaction.accelerate import use_kernels
+from vllm_am.compaction.attend import attend, causal_mask, merge, weigh_scores
+from vllm_am.kernels.cpu_library import library
 
 
 def dense(queries, keys, values, bias=None, mask=None):
@@ -110,3 +112,72 @@ def test_compacted_prefix_and_live_tail():
     expected_output, expected_lse = dense(queries, keys, values, bias, mask)
     torch.testing.assert_close(output, expected_output)
     torch.testing.assert_close(lse, expected_lse)
+
+
+compiled_too = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+
+
+@pytest.fixture
+def way(compiled):
+    """Scores are weighed in plain torch, or by the CPU's kernel."""
+    if compiled and library() is None:
+        pytest.skip("no compiler")
+    with use_kernels(compiled):
+        yield
+
+
+@compiled_too
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns"),
+    [(1, 1, 1), (2, 3, 17), (1, 64, 33), (3, 65, 128), (2, 200, 1001), (1, 0, 5), (2, 3, 0)],
+)
+def test_weights_of_scores(way, heads, rows, columns, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    scores = 10 * torch.randn(heads, rows, columns, generator=generator)
+    bias = torch.randn(heads, columns, generator=generator) if with_bias else None
+    exact = scores.double() + (0 if bias is None else bias.double().unsqueeze(1))
+    squares = torch.ones(heads, columns)
+    lse = weigh_scores(scores, bias, squares)
+    expected = exact.softmax(2)
+    torch.testing.assert_close(scores.double(), expected, rtol=5e-6, atol=1e-30)
+    torch.testing.assert_close(lse.double(), exact.logsumexp(2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(squares.double(), 1 + expected.square().sum(1), rtol=1e-5, atol=1e-6)
+
+
+@compiled_too
+def test_weights_of_rows_that_see_nothing_or_no_number(way):
+    scores = torch.randn(1, 5, 40)
+    scores[0, 1] = -torch.inf
+    scores[0, 2, 7] = torch.nan
+    scores[0, 3] = torch.nan
+    scores[0, 4, 3] = torch.inf
+    good = scores[0, 0].softmax(0)
+    squares = torch.zeros(1, 40)
+    lse = weigh_scores(scores, None, squares)
+    assert lse[0, 0].isfinite() and lse[0, 1] == -torch.inf
+    assert not lse[0, 2:].isfinite().any()
+    torch.testing.assert_close(scores[0, 0], good)
+    assert torch.all(scores[0, 1] == 0)
+    hidden = torch.zeros(1, 40)
+    hidden[0, 20:] = -torch.inf
+    scores = torch.randn(1, 2, 40)
+    expected = scores[..., :20].softmax(2)
+    weigh_scores(scores, hidden)
+    torch.testing.assert_close(scores[..., :20], expected)
+    assert torch.all(scores[..., 20:] == 0)
+
+
+@compiled_too
+def test_weights_do_not_depend_on_threads_or_neighbours(way):
+    scores = torch.randn(3, 150, 333)
+    results = []
+    before = torch.get_num_threads()
+    for threads, heads in ((1, slice(None)), (2, slice(None)), (1, slice(1, 2))):
+        torch.set_num_threads(threads)
+        weights, squares = scores[heads].clone(), torch.zeros(len(scores[heads]), 333)
+        lse = weigh_scores(weights, None, squares)
+        results.append([part[-2 if len(part) == 3 else 0] for part in (weights, lse, squares)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vllm_am.compaction import compact
+from vllm_am.compaction import compact, sample_queries
 from vllm_am.compaction.statistics import attention_statistics
 from vllm_am.compaction.work import fit_work, statistics_work
 
@@ -31,9 +31,13 @@ def test_statistics(head):
     assert counted == statistics_work(QUERIES, TOKENS, DIM)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("slots", [16, 60, 240, 500])
-def test_fits_within_a_factor(head, slots):
+def test_fits_within_a_factor(head, slots, sampled, monkeypatch):
     """Products only, of which the symmetric ones are halved; the solvers are not counted."""
+    if sampled:
+        monkeypatch.setattr(sample_queries, "FEWEST_QUERIES", 200)
+        monkeypatch.setattr(sample_queries, "QUERIES_PER_SLOT", 2)
     statistics = attention_statistics(*head, scale=DIM**-0.5)
     counted = multiplications(lambda: compact(*head, budget=slots, statistics=statistics))
     assert 0.25 < counted / fit_work(QUERIES, TOKENS, slots, DIM) < 1.5

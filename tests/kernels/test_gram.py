@@ -56,14 +56,18 @@ def problem(device, H, n, t, D, Dv, dtype=torch.float32, seed=0):
     return keys[:, :t], bias[:, :t], queries, full.lse, full.output
 
 
-def mass_reference(keys, bias, queries, lse, scale):
+def mass_reference(keys, bias, queries, lse, scale, weights=None):
     tensors = (x.double() for x in (keys, bias, queries, lse))
-    return fit_bias.mass_normal_equations(*tensors, scale=scale, chunk_bytes=CHUNK_BYTES)
+    return fit_bias.mass_normal_equations(
+        *tensors, scale=scale, row_weights=weights, chunk_bytes=CHUNK_BYTES
+    )
 
 
-def output_reference(keys, bias, queries, output, scale):
+def output_reference(keys, bias, queries, output, scale, weights=None):
     tensors = (x.double() for x in (keys, bias, queries, output))
-    return fit_values.output_normal_equations(*tensors, scale=scale, chunk_bytes=CHUNK_BYTES)
+    return fit_values.output_normal_equations(
+        *tensors, scale=scale, row_weights=weights, chunk_bytes=CHUNK_BYTES
+    )
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
@@ -90,6 +94,14 @@ def test_entries(device, H, n, t, D, Dv, dtype):
     assert_close(actual, mass_reference(keys, bias, queries, lse, scale))
     actual = output_normal_equations(keys, bias, queries, output, scale=scale)
     assert_close(actual, output_reference(keys, bias, queries, output, scale))
+    if n > 0:
+        weights = torch.linspace(1, 0.01, n, device=device)
+        actual = mass_normal_equations(keys, bias, queries, lse, scale=scale, row_weights=weights)
+        assert_close(actual, mass_reference(keys, bias, queries, lse, scale, weights))
+        actual = output_normal_equations(
+            keys, bias, queries, output, scale=scale, row_weights=weights
+        )
+        assert_close(actual, output_reference(keys, bias, queries, output, scale, weights))
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])

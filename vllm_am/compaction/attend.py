@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_am.compaction.accelerate import compiled_by
 from vllm_am.compaction.streaming import accumulation_dtype
 
 
@@ -44,36 +45,58 @@ def shifted_exponentials(
 
 
 def attention_weights(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float, out: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A_ij = exp(s_ij - lse_i) with s_ij = scale q_i.k_j + b_j, and lse_i = log sum_j exp(s_ij).
-
-    One fused softmax over the scores, in their own memory: on a CPU half the time of
-    ``shifted_exponentials``, whose shift and sum take passes of their own.
 
     Args:
         queries: [H, N, D], keys: [H, T, D], both already in the accumulation dtype.
         bias: [H, T] or None; -inf hides a key.
         out: [H, N, T], contiguous, for the weights. Fresh memory may cost more than the arithmetic,
             so callers in a loop bring their own.
+        squares: see :func:`weigh_scores`.
 
     Returns:
         weights [H, N, T] and lse [H, N]. A row that sees no key has weights 0 and lse -inf.
     """
     weights = torch.bmm(queries * scale, keys.transpose(1, 2), out=out)
-    if weights.shape[2] == 0:  # amax has no identity
-        return weights, weights.new_full(weights.shape[:2], -torch.inf)
+    return weights, weigh_scores(weights, bias, squares)
+
+
+@compiled_by("vllm_am.kernels.weigh_scores")
+def weigh_scores(scores: Tensor, bias: Tensor | None, squares: Tensor | None = None) -> Tensor:
+    """Turn scores into attention weights, in their own memory.
+
+    Args:
+        scores: [H, N, T]; become the weights.
+        bias: [H, T], added to the scores, or None.
+        squares: [H, T] or None; sum_i A_ij^2 is added to it.
+
+    Returns:
+        lse [H, N].
+    """
+    if scores.shape[2] == 0:  # amax has no identity
+        return scores.new_full(scores.shape[:2], -torch.inf)
     if bias is not None:
-        weights += bias.to(weights.dtype).unsqueeze(1)
-    shift = weights.amax(dim=2)
-    torch.softmax(weights, dim=2, out=weights)
+        scores += bias.to(scores.dtype).unsqueeze(1)
+    shift = scores.amax(dim=2)
+    # One fused softmax: half the time of ``shifted_exponentials``, whose shift and sum are passes.
+    torch.softmax(scores, dim=2, out=scores)
     # The largest weight is exp(0) / total.
-    lse = shift - weights.amax(dim=2).log()
+    lse = shift - scores.amax(dim=2).log()
     blind = shift == -torch.inf
     if bool(blind.any()):
-        weights.masked_fill_(blind.unsqueeze(2), 0.0)
+        scores.masked_fill_(blind.unsqueeze(2), 0.0)
         lse.masked_fill_(blind, -torch.inf)
-    return weights, lse
+    if squares is not None:
+        squares += torch.linalg.vector_norm(scores, dim=1).square_()
+    return lse
 
 
 def safe_reciprocal(total: Tensor) -> Tensor:

@@ -260,6 +260,7 @@ def fit_bias(
     lse: Tensor,
     *,
     scale: float,
+    weights: Tensor | None = None,
     log_bounds: tuple[float, float] = LOG_WEIGHT_BOUNDS,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> BiasFit:
@@ -271,6 +272,7 @@ def fit_bias(
     Args:
         keys: [H, t, D], kept keys. bias: [H, t] float32, their bias so far, -inf in padding.
         queries: [H, n, D]. lse: [H, n], log mass of the queries over the original keys.
+        weights: [n], of the queries' squares in the sum, at most 1; None is 1.
         log_bounds: bounds of log w.
 
     Returns:
@@ -287,6 +289,7 @@ def fit_bias(
             queries[heads],
             lse[heads],
             scale=scale,
+            row_weights=weights,
             chunk_bytes=chunk_bytes,
         )
         solution = solve_box(gram, rhs, lo, hi)
@@ -306,9 +309,16 @@ def mass_normal_equations(
     lse: Tensor,
     *,
     scale: float,
+    row_weights: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """A'A / n [H, t, t] and A'1 / n [H, t], products in the accumulation dtype, sums in fp64."""
+    """A'RA / r [H, t, t] and A'R1 / r [H, t] with R = diag(row_weights), r their sum.
+
+    Products in the accumulation dtype, sums in fp64.
+
+    Args:
+        row_weights: [n], at most 1, of all heads; None is 1.
+    """
     heads, size, _ = keys.shape
     rows = queries.shape[1]
     dtype = accumulation_dtype(keys, queries, lse)
@@ -321,6 +331,12 @@ def mass_normal_equations(
             q = queries[block, chunk].to(dtype) * scale
             weights = torch.bmm(q, k.transpose(1, 2))
             weights.add_(b).sub_(lse[block, chunk].unsqueeze(2)).exp_()
+            if row_weights is None:
+                rhs[block] += weights.sum(dim=1)
+            else:
+                root = row_weights[chunk].to(dtype).sqrt()
+                weights *= root.unsqueeze(1)
+                rhs[block] += torch.matmul(root, weights)
             gram[block] += gram_matrix(weights)
-            rhs[block] += weights.sum(dim=1)
-    return gram / rows, rhs / rows
+    total = rows if row_weights is None else row_weights.double().sum()
+    return gram / total, rhs / total

@@ -78,6 +78,7 @@ def fit_values(
     output: Tensor,
     *,
     scale: float,
+    weights: Tensor | None = None,
     anchored: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,7 @@ def fit_values(
             bias is an error that only held-out queries show.
         prior: [H, t, Dv], the original values of the kept keys, which the ridge pulls towards.
         queries: [H, n, D]. output: [H, n, Dv], their original outputs.
+        weights: [n], of the queries' squares in the sum, at most 1; None is 1.
         anchored: [H, t] bool or None, slots that keep their prior value; the others are fitted to
             what these leave of the outputs.
 
@@ -106,6 +108,7 @@ def fit_values(
             queries[heads],
             output[heads],
             scale=scale,
+            row_weights=weights,
             chunk_bytes=chunk_bytes,
         )
         start = prior[heads].double()
@@ -132,30 +135,40 @@ def output_normal_equations(
     output: Tensor,
     *,
     scale: float,
+    row_weights: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """X'WX [H, t, t] and X'WY [H, t, Dv], products in the accumulation dtype, sums in fp64."""
+    """X'WX [H, t, t] and X'WY [H, t, Dv], products in the accumulation dtype, sums in fp64.
+
+    Args:
+        row_weights: [n], at most 1, of all heads, which W holds beside |Y|^-p; None is 1.
+    """
     heads, size, _ = keys.shape
     rows = queries.shape[1]
     dtype = accumulation_dtype(keys, queries, output)
     gram = keys.new_zeros(heads, size, size, dtype=torch.float64)
     rhs = keys.new_zeros(heads, size, output.shape[-1], dtype=torch.float64)
-    row_weights = output_row_weights(output)
+    roots = output_row_weights(output, row_weights)
     row_bytes = size * dtype.itemsize
     for block in head_blocks(heads, row_bytes, chunk_bytes):
         k, b = keys[block].to(dtype), bias[block]
         for chunk in row_blocks(rows, k.shape[0], row_bytes, chunk_bytes):
             x, _ = attention_weights(queries[block, chunk].to(dtype), k, b, scale)
-            root = row_weights[block, chunk].to(dtype)
+            root = roots[block, chunk].to(dtype)
             x *= root
             gram[block] += gram_matrix(x)
             rhs[block] += torch.bmm(x.transpose(1, 2), output[block, chunk].to(dtype) * root)
     return gram, rhs
 
 
-def output_row_weights(output: Tensor) -> Tensor:
-    """[H, n, 1], square roots of the weights |Y_i|^-p, with |Y| floored at 1/100 of its mean."""
+def output_row_weights(output: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """[H, n, 1], square roots of the weights |Y_i|^-p, with |Y| floored at 1/100 of its mean.
+
+    Args:
+        row_weights: [n], of which the weights are multiples; None is 1.
+    """
     norm = torch.linalg.vector_norm(output, dim=2, keepdim=True)
     mean = norm.mean(dim=1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    return torch.pow((norm / mean).clamp(min=1e-2), -OUTPUT_WEIGHT_POWER / 2)
+    roots = torch.pow((norm / mean).clamp(min=1e-2), -OUTPUT_WEIGHT_POWER / 2)
+    return roots if row_weights is None else roots * row_weights.sqrt().unsqueeze(1)

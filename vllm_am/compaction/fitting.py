@@ -17,6 +17,7 @@ from vllm_am.compaction.methods import Method
 from vllm_am.compaction.problem import Problem
 from vllm_am.compaction.quality import compare
 from vllm_am.compaction.result import CompactedKV, FitError, empty, take
+from vllm_am.compaction.sample_queries import ReferenceQueries, evenly_drawn, sample_queries
 from vllm_am.compaction.statistics import AttentionStatistics, attention_statistics
 
 #: Why a head can fail (see ``FitError``), behind what stands for "it did not".
@@ -159,16 +160,17 @@ def _solve(
 ) -> CompactedKV:
     """The three stages and the errors on the queries of the fit."""
     selection = method.select(problem, budgets, size)
-    queries, statistics = problem.queries, problem.statistics
     scale, chunk_bytes = problem.scale, problem.chunk_bytes
     result = take(problem.keys, problem.values, problem.bias, selection.indices)
+    reference = _reference(method, problem, result)
     if method.log_weight_bounds is not None:
         mass = fit_bias(
             result.keys,
             result.bias,
-            queries,
-            statistics.lse,
+            reference.queries,
+            reference.lse,
             scale=scale,
+            weights=reference.weights,
             log_bounds=method.log_weight_bounds,
             chunk_bytes=chunk_bytes,
         )
@@ -179,9 +181,10 @@ def _solve(
             result.keys,
             result.bias,
             result.values,
-            queries,
-            statistics.output,
+            reference.queries,
+            reference.output,
             scale=scale,
+            weights=reference.weights,
             anchored=selection.anchored,
             chunk_bytes=chunk_bytes,
         )
@@ -195,15 +198,33 @@ def _solve(
     reached = attention_statistics(
         result.keys,
         result.values,
-        queries,
+        reference.queries,
         scale=scale,
         key_bias=result.bias,
         norms=(),
         chunk_bytes=chunk_bytes,
     )
-    errors = compare(statistics, reached)
+    original = AttentionStatistics(reference.lse, reference.output, {})
+    errors = compare(original, reached, reference.weights)
     failures.add("non-finite", ~(errors.output_error + errors.mass_error).isfinite())
     return replace(result, output_error=errors.output_error, mass_error=errors.mass_error)
+
+
+def _reference(method: Method, problem: Problem, kept: CompactedKV) -> ReferenceQueries:
+    """What the fit of these keys reads, or what one is judged by that fits nothing."""
+    statistics = problem.statistics
+    if not method.fits:
+        return evenly_drawn(problem.queries, statistics)
+    scores = statistics.scores["rms"].gather(1, kept.indices.clamp(min=0))
+    return sample_queries(
+        kept.keys,
+        kept.bias,
+        scores,
+        problem.queries,
+        statistics,
+        scale=problem.scale,
+        chunk_bytes=problem.chunk_bytes,
+    )
 
 
 def _choose(methods: tuple[Method, ...], problem: Problem, budgets: Tensor, size: int) -> Tensor:

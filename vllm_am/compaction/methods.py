@@ -40,9 +40,15 @@ class Method:
 
     @property
     def needed_norms(self) -> tuple[str, ...]:
-        """Scores that the method or one of its alternatives needs."""
+        """Scores that the method or one of its alternatives needs, and the fits."""
         methods = self.alternatives or (self,)
-        return tuple(dict.fromkeys(norm for each in methods for norm in each.norms))
+        fitted = ("rms",) if self.fits else ()
+        return tuple(dict.fromkeys([*fitted, *(norm for each in methods for norm in each.norms)]))
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything is fitted."""
+        return self.fits_values or self.log_weight_bounds is not None
 
 
 def _highest_attention(problem: Problem, budgets: Tensor, width: int) -> Selection:

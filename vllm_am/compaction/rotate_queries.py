@@ -43,19 +43,38 @@ def rotate_queries(
             f"distances: expected one per query, {tuple(queries.shape[-2:-1])}, got "
             f"{tuple(distances.shape)}"
         )
-    dtype = torch.promote_types(queries.dtype, torch.float32)
+    turns = turns_by(distances, inverse_frequencies, queries.dtype)
+    return turn(queries, *turns, torch.empty_like(queries), interleaved=interleaved)
+
+
+def turns_by(
+    distances: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, R / 2] of the angles, for queries of this dtype."""
     # fp64: at a million positions the angle itself needs more than 24 bits.
     angles = torch.outer(distances.double(), inverse_frequencies.double())
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def turn(queries: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate queries [..., n, D] by tables (see :func:`turns_by`) into ``out``, like them; ``out``.
+
+    ``out`` may be a view of anything, but not of the queries.
+    """
+    rotary = 2 * cos.shape[-1]
     pairs: tuple[slice, slice] = (slice(0, rotary // 2), slice(rotary // 2, rotary))
     if interleaved:
         pairs = (slice(0, rotary, 2), slice(1, rotary, 2))
-    turned = queries.clone()
-    first, second = (queries[..., pair].to(dtype) for pair in pairs)
-    # One half after the other: the temporaries are twice as large as the queries, or more.
-    turned[..., pairs[0]] = (first * cos).addcmul_(second, sin, value=-1)
-    turned[..., pairs[1]] = (second * cos).addcmul_(first, sin)
-    return turned
+    first, second = (queries[..., pair].to(cos.dtype) for pair in pairs)
+    for pair, (a, b, sign) in zip(pairs, ((first, second, -1), (second, first, 1)), strict=True):
+        target = out[..., pair]
+        if target.dtype == cos.dtype:  # without a temporary
+            torch.mul(a, cos, out=target).addcmul_(b, sin, value=sign)
+        else:
+            target.copy_((a * cos).addcmul_(b, sin, value=sign))
+    out[..., rotary:] = queries[..., rotary:]
+    return out
 
 
 def distances_behind(positions: Tensor, end: int) -> Tensor:

@@ -75,6 +75,31 @@ def unweighted(scores: Tensor, key_bias: Tensor) -> Tensor:
 
 
 @accelerated_by("vllm_am.kernels.statistics")
+def attention_lse(
+    keys: Tensor,
+    queries: Tensor,
+    *,
+    scale: float,
+    key_bias: Tensor | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Tensor:
+    """The log-sum-exp of :func:`attention_statistics` alone, [H, N]."""
+    heads, columns, _ = keys.shape
+    rows = queries.shape[1]
+    dtype = accumulation_dtype(keys, queries)
+    row_bytes = columns * dtype.itemsize
+    lse = keys.new_empty(heads, rows, dtype=dtype)
+    for block in head_blocks(heads, row_bytes, chunk_bytes):
+        k = keys[block].to(dtype)
+        bias = None if key_bias is None else key_bias[block]
+        for chunk in row_blocks(rows, k.shape[0], row_bytes, chunk_bytes):
+            lse[block, chunk] = attention_weights(queries[block, chunk].to(dtype), k, bias, scale)[
+                1
+            ]
+    return lse
+
+
+@accelerated_by("vllm_am.kernels.statistics")
 def attention_statistics(
     keys: Tensor,
     values: Tensor,
@@ -113,14 +138,15 @@ def attention_statistics(
             q = queries[block, chunk].to(dtype)
             shape = (*q.shape[:2], columns)
             tile = scratch[: math.prod(shape)].view(shape)
-            weights, lse[block, chunk] = attention_weights(q, k, bias, scale, out=tile)
+            squares = sums["rms"][block] if "rms" in sums else None
+            weights, lse[block, chunk] = attention_weights(
+                q, k, bias, scale, out=tile, squares=squares
+            )
             output[block, chunk] = torch.bmm(weights, v)
             if "mean" in sums:
                 sums["mean"][block] += weights.sum(dim=1)
             if "max" in sums and columns > 0:
                 sums["max"][block] = torch.maximum(sums["max"][block], weights.amax(dim=1))
-            if "rms" in sums:
-                sums["rms"][block] += weights.square_().sum(dim=1)
 
     scores = dict(sums)
     if "mean" in scores:
