@@ -25,6 +25,7 @@ from benchmarks.quality.recall import TensorRunner, parse_ratios
 from benchmarks.quality.results import Setting
 from vllm_am.compaction import fitting, sample_queries
 from vllm_am.compaction.sample_queries import ReferenceQueries
+from vllm_am.compaction.statistics import AttentionStatistics
 
 #: Queries that are read at least, and for each slot.
 SIZES = {
@@ -59,7 +60,7 @@ def _by_position(
     bias: torch.Tensor,
     scores: torch.Tensor,
     queries: torch.Tensor,
-    statistics: fitting.AttentionStatistics,
+    statistics: AttentionStatistics,
     **_: object,
 ) -> ReferenceQueries:
     """Every so many-th, whatever it asks for."""

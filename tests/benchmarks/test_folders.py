@@ -50,6 +50,7 @@ def question_answering(dataset: str) -> Script:
 SCRIPTS = (
     Script("benchmarks.demo", "benchmarks/out", "benchmarks/results"),
     Script("benchmarks.memory_bound", "benchmarks/out", "benchmarks/results", option="--out"),
+    Script("benchmarks.fit_cost", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.nothing_compacted", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.neighbours", "benchmarks/out", "benchmarks/results", option="--out"),
     Script("benchmarks.soak", "benchmarks/out", "benchmarks/results", option="--out"),
@@ -77,6 +78,14 @@ SCRIPTS = (
         "benchmarks/results",
         ("rounds",),
         "benchmarks.quality.rounds",
+    ),
+    Script(
+        "benchmarks.quality",
+        "benchmarks/out",
+        "benchmarks/results",
+        ("samples",),
+        "benchmarks.quality.samples",
+        option="--out",
     ),
     question_answering("quality"),
     question_answering("longhealth"),
