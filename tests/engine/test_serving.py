@@ -562,7 +562,10 @@ def test_no_fit_for_a_request_that_ends_before_it(tiny_model, force_async):
             begun = jobs.next_id() - first - 1
             compactions[tokens] = engine.scheduler.compaction.journal.totals.compactions - before
             assert begun == compactions[tokens], "nothing is begun that is not used"
-    least = min(tokens for tokens, found in compactions.items() if found)
+        least = min(tokens for tokens, found in compactions.items() if found)
+        assert engine.totals.short_requests == least - 1, "and who was left out is counted"
+        engine.run([driver.Ask(driver.random_prompt(random.Random(7), 40), 1)])  # never so long
+        assert engine.totals.short_requests == least - 1
     assert least <= (5 if force_async else 3)
     assert all(compactions[tokens] for tokens in range(least, 7))
 

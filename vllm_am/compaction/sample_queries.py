@@ -1,15 +1,17 @@
 """Which of the reference queries a fit reads, once its keys are chosen.
 
 A Gram matrix costs n t^2 for n queries, and a few queries per slot would determine it, but not any
-few: a key that a single query looks for loses, with that query, all that keeps its weight up. On
-the recall model every third query (by position) costs 15 points of the facts at 10x. What tells
-such a query is its leverage, here with the Gram matrix's diagonal in place of the whole,
+few: a key that a single query looks for loses, with that query, all that keeps its weight up. What
+tells such a query is its leverage, here with the Gram matrix's diagonal in place of the whole,
 
     l_i = sum_j A_ij^2 / sum_i' A_i'j^2,   A_ij = exp(s_ij - lse_i) for the kept keys j,
 
 which is 1 for the only one that sees some key, and adds up to t over all. Half of the sample are
 the queries of highest leverage, each for itself. The other half is drawn evenly from the rest in
 the order of their leverage, and each stands for as many.
+
+Answers are those of fits from all queries; as many queries by position alone cost two to six points
+of the facts (``benchmarks/results/quality-sample.md``).
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ from torch import Tensor
 from vllm_am.compaction.statistics import AttentionStatistics, attention_lse
 from vllm_am.compaction.streaming import to_device
 
-#: Queries that a fit of t slots reads, at least; both chosen on the recall model, where half as
-#: many cost two to four points of the facts, and these none (``benchmarks/results/``
-#: ``quality-sample.md``).
+#: Queries that a fit of t slots reads, at least. Both were chosen on the bundled recall model, to
+#: which half of the second costs two to four points of the facts; the validation model had no say.
 QUERIES_PER_SLOT = 4
 FEWEST_QUERIES = 2048
 #: A sample that leaves less than this away is not worth the choice.

@@ -61,6 +61,8 @@ class CompactionStats:
     merges: int = 0
     thin_spans: int = 0
     """Spans that stayed exact for want of reference queries."""
+    short_requests: int = 0
+    """Requests that stayed exact because they were to end before a compaction had paid."""
     media_requests: int = 0
     """Requests that stay exact because they bring images, audio or video."""
     cache_queries: int = 0
@@ -105,6 +107,7 @@ class CompactionStats:
             or self.reference_tokens
             or self.reference_shortfalls
             or self.thin_spans
+            or self.short_requests
             or self.media_requests
             or self.cache_queries
             or self.cache_adoptions
@@ -128,6 +131,7 @@ class CompactionStats:
         self.reference_tokens += other.reference_tokens
         self.reference_shortfalls += other.reference_shortfalls
         self.thin_spans += other.thin_spans
+        self.short_requests += other.short_requests
         self.media_requests += other.media_requests
         self.cache_queries += other.cache_queries
         self.cache_hits += other.cache_hits

@@ -60,6 +60,9 @@ _COUNTERS = {
     ),
     "pressed_steps": "Engine steps with more time for fits, as somebody waited for KV blocks.",
     "thin_spans": "Spans left exact, as the query pool was full when they were read.",
+    "short_requests": (
+        "Requests past their threshold left exact, as max_tokens ended them before it would pay."
+    ),
     "media_requests": "Requests left exact because they bring images, audio or video.",
     "cache_queries": "Requests that were looked up in the cache of compacted prefixes.",
     "cache_hits": "Of these, requests that began on a compacted prefix.",

@@ -130,6 +130,19 @@ class Journal:
             request_id,
         )
 
+    def too_short(self, request_id: str, max_tokens: int) -> None:
+        """A request has ended that was long enough to be compacted, but not for long enough."""
+        log = logger.debug if self.totals.short_requests else logger.info
+        self.count(CompactionStats(short_requests=1))
+        log(
+            "KV compaction: request %s has passed its threshold and stayed exact: with %d tokens "
+            "to generate it would end before its compaction had paid (vllm_xargs "
+            '{"kv_compaction": "force"} compacts it all the same; more of these are only counted: '
+            "vllm:kv_compaction_short_requests_total)",
+            request_id,
+            max_tokens,
+        )
+
     def looked_up(self, request_id: str, tokens: int) -> None:
         """A request was admitted that may begin on compacted prefixes.
 

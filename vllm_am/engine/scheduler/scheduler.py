@@ -377,6 +377,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
     def _free_request_blocks(self, request: Request) -> None:
         """Finish, abort and preemption: a compaction under way ends, or goes on for others."""
         self.compaction.jobs.request_goes(request)
+        if self.compaction.sequences.was_too_short(request):
+            self.compaction.journal.too_short(request.request_id, request.max_tokens)
         self.compaction.sequences.forget(request)
         self.compaction.queries.forget(request.request_id)
         holding, self._holds_preemption = self._holds_preemption, False

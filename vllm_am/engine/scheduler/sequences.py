@@ -45,6 +45,8 @@ class SequenceOptions:
     """How often it needed more than the whole pool because a fit had failed."""
     thin_until: int = 0
     """Its queries do not suffice: tokens to be computed before it is looked at again."""
+    steps_left: int = 0
+    """When it had passed its threshold and its prompt had been read: steps to its end."""
     refusal: str = ""
     """Why it is finished with an error as soon as possible."""
 
@@ -131,18 +133,21 @@ class Sequences:
         segments = self._blocks.segments(request.request_id)
         protected = self._limits.protected_tokens
         end = segments[-1].end if segments else protected
+        exact, steps = computed - end + protected, self._steps_left(request)
+        if steps is not None and exact > (options.threshold_tokens or exact):
+            options.steps_left = max(options.steps_left, steps)
         return SequenceView(
             request.request_id,
             computed=computed,
             prompt=request.num_prompt_tokens,
             compacted_end=end,
-            exact_tokens=computed - end + protected,
+            exact_tokens=exact,
             ratio=options.ratio,
             threshold_tokens=options.threshold_tokens,
             compacted_blocks=sum(len(s.block_ids) for s in segments),
             marked_end=options.marked_end,
             common_end=partial(self._common_end, request) if options.cache else int,
-            steps_left=self._steps_left(request),
+            steps_left=steps,
             forced=options.forced,
         )
 
@@ -194,6 +199,22 @@ class Sequences:
             return None
         slots = target * self._limits.block_size
         return Span(request.request_id, segments[0].start, segments[-1].end, slots)
+
+    def was_too_short(self, request: Request) -> bool:
+        """Whether it has passed its threshold and was left exact, as its end, which was known,
+        came too soon (``Planner.pays``)."""
+        options = self.known.get(request.request_id)
+        if options is None or not options.enabled or not request.is_finished():
+            return False
+        limit, tokens = options.threshold_tokens, request.num_tokens - self._planner.recent_tokens
+        tried = options.not_before or options.thin_until
+        if limit is None or request.num_tokens <= limit or tokens <= 0 or tried:
+            return False
+        if self._blocks.segments(request.request_id):
+            return False
+        tokens = min(tokens, self._planner.longest_span)
+        slots = self._planner.span_slots(tokens, options.ratio)
+        return not self._planner.gains(tokens, slots, options.steps_left, options.forced)
 
     def forget(self, request: Request) -> None:
         """It is finished, or preempted: then it will be computed anew, with the same options."""
