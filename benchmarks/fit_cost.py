@@ -25,7 +25,7 @@ from benchmarks.recall.recipe import BUNDLED
 from vllm_am.config import CompactionConfigError, parse_ratio
 
 #: Models and tokens of their prompts.
-CASES = (("smollm2-135m", 2048), ("smollm2-135m", 6000), ("bundled", 2000))
+CASES = "bundled:2000,smollm2-135m:2048,smollm2-135m:6000"
 TEXT = "news"
 #: Of the machine that measures; one thread is one core.
 ONE_THREAD = {
@@ -87,7 +87,7 @@ def rows_of(cases: Sequence[tuple[str, int]], ratios: Sequence[float]) -> Iterat
 
 def main(
     ratios: Annotated[str, typer.Option(help="Compaction ratios.")] = "2x,5x,10x,20x,50x",
-    smoke: Annotated[bool, typer.Option(help="The bundled model and a short prompt.")] = False,
+    cases: Annotated[str, typer.Option(help="Models and tokens of their prompts.")] = CASES,
     out: Folder = None,
     record: Record = False,
 ) -> None:
@@ -97,11 +97,14 @@ def main(
         kept = [parse_ratio(part, "--ratios") for part in ratios.split(",")]
     except CompactionConfigError as error:
         raise typer.BadParameter(str(error)) from None
+    parsed = [case.partition(":") for case in cases.split(",")]
+    if wrong := [":".join(case) for case in parsed if not case[2].isdigit()]:
+        raise typer.BadParameter(f"--cases: {wrong[0]!r}: expected MODEL:TOKENS")
     notes = [
         "One thread, float32, the better of two runs after a first. `all queries`: where a fit "
         "reads all reference queries instead of a sample (`vllm_am.compaction.sample_queries`).",
     ]
-    rows = rows_of((("bundled", 400),) if smoke else CASES, kept)
+    rows = rows_of([(name, int(tokens)) for name, _, tokens in parsed], kept)
     try:
         Report("fit_cost", "Fits beside the prompts", rows, notes).write(folder)
     except Unavailable as error:

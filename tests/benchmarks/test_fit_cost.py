@@ -19,8 +19,8 @@ def rows_of(path):
 @pytest.mark.slow
 @pytest.mark.engine
 def test_fits_are_timed_beside_their_prompt(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.fit_cost", "--smoke", "--out", tmp_path]
-    command += ["--ratios", "5x"]
+    command = [sys.executable, "-m", "benchmarks.fit_cost", "--out", tmp_path]
+    command += ["--cases", "bundled:400", "--ratios", "5x"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
     (row,) = rows_of(tmp_path / "fit_cost.csv")
     assert (row["prompt tokens"], row["ratio"]) == ("400", "5x")
