@@ -68,6 +68,8 @@ class Setup(StrEnum):
     STOCK = "stock"
     ALONE = "compaction, not shared"
     SHARED = "compaction, shared"
+    MARKED = "compaction, shared, marked"
+    """Requests say where the document ends, which others are going to ask about."""
 
     def flags(self, ratio: float) -> list[str]:
         """Arguments of ``vllm serve`` besides the common ones."""
@@ -76,7 +78,7 @@ class Setup(StrEnum):
         return [
             *("--kv-compaction", "attention-matching", "--kv-compaction-ratio", f"{ratio:g}"),
             *("--kv-compaction-threshold", str(TOKENS // 2)),
-            *("--kv-compaction-cache", "on" if self is Setup.SHARED else "off"),
+            *("--kv-compaction-cache", "off" if self is Setup.ALONE else "on"),
         ]
 
 
@@ -134,7 +136,7 @@ def messages_of(task: Task) -> list[dict[str, str]]:
     return messages(task.document, task.question)
 
 
-def ask(server: Server, task: Task, mode: Mode | None = None, **options: str) -> Completion:
+def ask(server: Server, task: Task, mode: Mode | None = None, **options: str | int) -> Completion:
     """Put one question."""
     return server.chat(
         messages_of(task),
@@ -142,6 +144,13 @@ def ask(server: Server, task: Task, mode: Mode | None = None, **options: str) ->
         options={**(mode.options if mode else {}), **options},
         cache_salt=mode.name if mode else None,
     )
+
+
+def mark(server: Server, task: Task) -> dict[str, int]:
+    """What a request says about its document, to have it compacted for others at once."""
+    document = [{"role": "user", "content": task.document.text}]
+    tokens = server.post("/tokenize", {"messages": document, "add_generation_prompt": False})
+    return {"kv_compaction_prefix_tokens": tokens["count"] - 2}  # less the end of the message
 
 
 def right(tasks: Sequence[Task], answers: Sequence[Completion]) -> float:
@@ -257,10 +266,14 @@ def many_documents(size: Size) -> Iterator[Row]:
         tasks = make_tasks(documents, size.tokens, Density.SPARSE, size.questions)
         random.Random(documents).shuffle(tasks)
         rates = {}
-        for setup in (Setup.STOCK, Setup.SHARED):
+        for setup in (Setup.STOCK, Setup.SHARED, Setup.MARKED):
             with serving(setup, POOL_DOCUMENTS * WHOLE) as server:
+                marks = [mark(server, task) if setup is Setup.MARKED else {} for task in tasks]
+                calls = [
+                    partial(ask, server, task, **options)
+                    for task, options in zip(tasks, marks, strict=True)
+                ]
                 before, started = server.metrics(), time.monotonic()
-                calls = [partial(ask, server, task) for task in tasks]
                 found = dict(concurrently(calls, AT_ONCE))
                 seconds = time.monotonic() - started
                 gained = settled(setup, server).since(before)
@@ -370,7 +383,9 @@ def reports(size: Size) -> dict[str, Report]:
             [
                 cpu,
                 f"{size.questions} questions about each document in random order, {AT_ONCE} at a "
-                f"time; the pool holds {POOL_DOCUMENTS} whole documents.",
+                f"time; the pool holds {POOL_DOCUMENTS} whole documents. An answer ends before a "
+                "compaction of its own would pay: a document is compacted when a second request "
+                "begins with it, or, marked (`kv_compaction_prefix_tokens`), with the first.",
             ],
         ),
         "answers": Report(

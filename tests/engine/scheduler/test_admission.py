@@ -12,9 +12,9 @@ from vllm_am.engine.scheduler.query_pool import Use
 pytestmark = pytest.mark.engine
 
 
-def request(tokens, computed=0, use=Use.OWN):
+def request(tokens, computed=0, use=Use.OWN, found=0):
     return SimpleNamespace(
-        num_prompt_tokens=tokens, num_computed_tokens=computed, use=use, max_tokens=0
+        num_prompt_tokens=tokens, num_computed_tokens=computed, use=use, max_tokens=0, found=found
     )
 
 
@@ -28,7 +28,7 @@ class World:
         self.queries = SimpleNamespace(
             are_read=reads,
             room=lambda use: room,
-            needed=lambda request, rate: rate * request.num_prompt_tokens,
+            needed=lambda request, rate, begun: rate * (request.num_prompt_tokens - begun),
         )
         pool = SimpleNamespace(get_num_free_blocks=lambda: free_blocks)
         self.admission = Admission(
@@ -39,6 +39,7 @@ class World:
                 use_of_queries=lambda request: request.use,
                 options=lambda request: SimpleNamespace(sample_rate=1.0),
             ),
+            SimpleNamespace(tokens_found=lambda request: request.found),
             self.queries,
             self.jobs,
         )
@@ -70,6 +71,12 @@ def test_who_needs_no_queries_passes():
     """One that will not be compacted, and one that the pool could not hold otherwise."""
     waiting = [request(900, use=Use.PERHAPS), request(5000, use=Use.MUST), request(500)]
     assert World(room=400, jobs=["one"]).admission.most(waiting, [], 8) == 2
+
+
+def test_who_begins_on_a_compacted_prefix_reads_and_needs_the_rest_only():
+    waiting = [request(500, found=480), request(500, found=480), request(500), request(500)]
+    assert World(free_blocks=60, room=600, jobs=["one"]).admission.most(waiting, [], 8) == 3
+    assert World(free_blocks=66, room=0, jobs=["one"]).admission.most(waiting[:3], [], 8) is None
 
 
 def test_nobody_waits_where_nothing_would_make_room():

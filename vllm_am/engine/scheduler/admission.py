@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from vllm.v1.request import Request
@@ -22,6 +22,7 @@ from vllm_am.engine.scheduler.planner import Planner
 from vllm_am.engine.scheduler.query_pool import Use
 from vllm_am.engine.scheduler.reference_queries import ReferenceQueries
 from vllm_am.engine.scheduler.sequences import Sequences
+from vllm_am.engine.scheduler.sharing import Sharing
 
 #: Steps between the end of a prompt and the beginning of its fit, with async scheduling.
 _STEPS_BETWEEN = 3
@@ -35,12 +36,14 @@ class Admission:
         planner: Planner,
         blocks: CompactingManager,
         sequences: Sequences,
+        sharing: Sharing,
         queries: ReferenceQueries,
         jobs: Jobs,
     ) -> None:
         self._planner = planner
         self._blocks = blocks
         self._sequences = sequences
+        self._sharing = sharing
         self._queries = queries
         self._jobs = jobs
         self._patience = 0
@@ -92,7 +95,8 @@ class Admission:
             if use not in rooms:
                 rooms[use] = self._queries.room(use)
             rate = self._sequences.options(request).sample_rate
-            taken += self._queries.needed(request, rate)
+            # Of what an entry stands for, nothing is read.
+            taken += self._queries.needed(request, rate, self._sharing.tokens_found(request))
             if taken > rooms[use]:
                 self.waits = count > 0 or self._patience > 0
                 return count if self.waits else None
@@ -102,9 +106,14 @@ class Admission:
     def _is_short(self, waiting: Iterable[Request], running: Iterable[Request]) -> bool:
         """Whether the pool of KV blocks could not hold all of these to their ends."""
         free = self._blocks.block_pool.get_num_free_blocks()
-        for request in chain(running, waiting):
-            left = self._sequences.longest(request) - request.num_computed_tokens
-            free -= self._planner.blocks_to_grow(max(0, left))
+        for request in running:
+            free -= self._blocks_to_grow(request, request.num_computed_tokens)
+        for request in waiting:
             if free < 0:
                 return True
-        return False
+            free -= self._blocks_to_grow(request, self._sharing.tokens_found(request))
+        return free < 0
+
+    def _blocks_to_grow(self, request: Request, begun: int) -> int:
+        """Blocks that it may come to need, beside what it has or stands on."""
+        return self._planner.blocks_to_grow(max(0, self._sequences.longest(request) - begun))

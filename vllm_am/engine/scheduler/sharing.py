@@ -79,6 +79,19 @@ class Sharing:
         null = self._blocks.block_pool.null_block
         return [*exact[:first], *[null] * (end // size - first), *behind[: max(0, room)]]
 
+    def tokens_found(self, request: Request) -> int:
+        """Where the entries end that a request which waits is likely to begin on; 0: it finds none.
+
+        As far as can be said without a look at the exact blocks that go before them.
+        """
+        options = self._sequences.options(request)
+        if not options.cache:
+            return 0
+        slots_of = self._slots_of(options.ratio)
+        cache = self._blocks.cache
+        chain = cache.chain(request.block_hashes, request.num_tokens - 1, slots_of)
+        return chain[-1].segment.end if chain else 0
+
     def count(self, new: Iterable[Request]) -> None:
         """Count the requests that were admitted in this step, and what they have found."""
         for request in new:

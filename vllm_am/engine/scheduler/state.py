@@ -80,6 +80,7 @@ class CompactionState:
         journal = Journal(collected=scheduler.log_stats)
         queries = ReferenceQueries(limits, blocks, query_pool)
         sequences = Sequences(limits, planner, blocks, draft_tokens=scheduler.num_spec_tokens)
+        sharing = Sharing(planner, blocks, sequences, journal)
         jobs = Jobs(limits, blocks, query_pool, pace)
         names = NamedPrefixes(blocks, planner, limits.config.pinned_share)
         transfers = Transfers(blocks, names, query_pool, jobs.next_id)
@@ -94,8 +95,8 @@ class CompactionState:
             query_pool=query_pool,
             queries=queries,
             sequences=sequences,
-            sharing=Sharing(planner, blocks, sequences, journal),
-            admission=Admission(planner, blocks, sequences, queries, jobs),
+            sharing=sharing,
+            admission=Admission(planner, blocks, sequences, sharing, queries, jobs),
             jobs=jobs,
             pace=pace,
             commits=Commits(blocks, queries, journal),
