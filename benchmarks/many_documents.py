@@ -270,7 +270,7 @@ def many_documents(size: Size) -> Iterator[Row]:
             with serving(setup, POOL_DOCUMENTS * WHOLE) as server:
                 marks = [mark(server, task) if setup is Setup.MARKED else {} for task in tasks]
                 calls = [
-                    partial(ask, server, task, **options)
+                    partial(ask, server, task, None, **options)
                     for task, options in zip(tasks, marks, strict=True)
                 ]
                 before, started = server.metrics(), time.monotonic()
