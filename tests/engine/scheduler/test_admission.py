@@ -21,7 +21,7 @@ def request(tokens, computed=0, use=Use.OWN, found=0):
 class World:
     """A pool of blocks of 16 and a pool of queries; every position is kept."""
 
-    def __init__(self, free_blocks=50, room=1000, jobs=(), reads=False):
+    def __init__(self, free_blocks=50, room=1000, jobs=(), reads=False, filed=0):
         from vllm_am.engine.scheduler.admission import Admission
 
         self.jobs = SimpleNamespace(all=list(jobs))
@@ -33,7 +33,7 @@ class World:
         pool = SimpleNamespace(get_num_free_blocks=lambda: free_blocks)
         self.admission = Admission(
             SimpleNamespace(blocks_to_grow=lambda tokens: ceil_div(tokens, 16)),
-            SimpleNamespace(block_pool=pool),
+            SimpleNamespace(block_pool=pool, cache=SimpleNamespace(filed=filed)),
             SimpleNamespace(
                 longest=lambda request: request.num_prompt_tokens + request.max_tokens,
                 use_of_queries=lambda request: request.use,
@@ -65,6 +65,13 @@ def test_where_blocks_suffice_for_all_nobody_waits():
         )
         == 0
     )
+
+
+def test_blocks_of_compacted_prefixes_are_none_to_be_read_into():
+    """Who is read into them today is read again tomorrow, and so is what they stood for."""
+    waiting = [request(500)]
+    assert World(room=100, jobs=["one"]).admission.most(waiting, [], 8) is None
+    assert World(room=100, jobs=["one"], filed=20).admission.most(waiting, [], 8) == 0
 
 
 def test_who_needs_no_queries_passes():

@@ -238,6 +238,17 @@ def test_pool_share_stops_when_under():
     assert pressed(71, SHORT, MIDDLE, LONG, **tight) == ["long", "middle", "short"]
 
 
+def test_pool_share_compacts_those_that_have_queries_for_one_that_waits_for_room():
+    """However empty the pool still is; and who has a threshold of its own goes by that."""
+    planner = make_planner(0.8)
+    views = [SHORT, MIDDLE, LONG, view(700, limit=900, name="own")]
+    assert list(planner.spans(views, 900)) == []
+    found = [span.request_id for span in planner.spans(views, 900, room_wanted=True)]
+    assert found == ["long", "middle", "short"]
+    below = view(SIZE + 64 + 255, limit=None)
+    assert list(planner.spans([below], 900, room_wanted=True)) == []
+
+
 def test_pool_share_leaves_short_spans_alone():
     below = view(SIZE + 64 + 255, limit=None)
     assert pressed(100, below) == []

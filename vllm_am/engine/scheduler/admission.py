@@ -104,8 +104,9 @@ class Admission:
         return None
 
     def _is_short(self, waiting: Iterable[Request], running: Iterable[Request]) -> bool:
-        """Whether the pool of KV blocks could not hold all of these to their ends."""
-        free = self._blocks.block_pool.get_num_free_blocks()
+        """Whether the pool of KV blocks could not hold all of these to their ends, beside the
+        compacted prefixes, which would have to be read and compacted again."""
+        free = self._blocks.block_pool.get_num_free_blocks() - self._blocks.cache.filed
         for request in running:
             free -= self._blocks_to_grow(request, request.num_computed_tokens)
         for request in waiting:

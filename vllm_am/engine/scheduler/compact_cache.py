@@ -302,6 +302,11 @@ class CompactCache:
             given |= due.keys()
 
     @property
+    def filed(self) -> int:
+        """Blocks of all entries, whether anybody stands on them or not."""
+        return len(self._by_block)
+
+    @property
     def kept(self) -> int:
         """Blocks that are handed out after all others: nobody is admitted on them who can wait."""
         return min(len(self._by_block), int(KEPT_SHARE * self._pool.num_gpu_blocks))

@@ -139,7 +139,11 @@ class Planner(Footprint):
         return max(0, most) * self.block_size
 
     def spans(
-        self, sequences: Iterable[SequenceView], free_blocks: int, coming_blocks: int = 0
+        self,
+        sequences: Iterable[SequenceView],
+        free_blocks: int,
+        coming_blocks: int = 0,
+        room_wanted: bool = False,
     ) -> Iterator[Span]:
         """Spans to compact now, most urgent first; the caller takes as many as it can place.
 
@@ -147,12 +151,15 @@ class Planner(Footprint):
             sequences: the running sequences that no compaction is under way for.
             free_blocks: blocks that can be had now.
             coming_blocks: blocks that compactions under way will give back.
+            room_wanted: a prompt waits for room for its reference queries, as the pool could not
+                hold it to its end: whoever has some had better be compacted now, and give them back
+                (admission.py). Later there would be as little room, and nobody's queries.
         """
         ready = [s for s in sequences if not self._can_wait(s, free_blocks)]
         if self.threshold.tokens is not None:
             due = [s for s in ready if self._over_threshold(s)]
         else:
-            due = self._under_pressure(ready, free_blocks, coming_blocks)
+            due = self._under_pressure(ready, free_blocks, coming_blocks, room_wanted)
         for sequence in due:
             span = self.next_span(sequence, free_blocks)
             if span is not None:
@@ -164,7 +171,11 @@ class Planner(Footprint):
         return limit is not None and sequence.exact_tokens > limit
 
     def _under_pressure(
-        self, sequences: list[SequenceView], free_blocks: int, coming_blocks: int
+        self,
+        sequences: list[SequenceView],
+        free_blocks: int,
+        coming_blocks: int,
+        room_wanted: bool,
     ) -> list[SequenceView]:
         """Longest uncompacted sequences first, until the pool would be below its threshold.
 
@@ -176,7 +187,7 @@ class Planner(Footprint):
         due = [s for s in sequences if self._over_threshold(s)]
         rest = [s for s in sequences if s.threshold_tokens is None]
         for sequence in sorted(rest, key=lambda s: -s.exact_tokens):
-            if excess <= 0:
+            if excess <= 0 and not room_wanted:
                 break
             span = self.next_span(sequence, free_blocks)
             if span is None or span.end - span.start < self.shortest_span(sequence.ratio):

@@ -233,12 +233,9 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         """
         compaction = self.compaction
         for request in self.running:
-            busy = request.request_id in self.studies
-            if (
-                not busy
-                and self._is_free(request)
-                and (span := compaction.sequences.merge_due(request))
-            ):
+            if request.request_id in self.studies or not self._is_free(request):
+                continue
+            if span := compaction.sequences.merge_due(request):
                 yield span, None
         views: dict[str, SequenceView] = {}
         for request in self.running:
@@ -247,7 +244,8 @@ class CompactionSchedulerMixin(ReferencePassMixin):
         if not views:
             return
         free = compaction.blocks.block_pool.get_num_free_blocks()
-        for due in compaction.planner.spans(views.values(), free, compaction.jobs.coming_blocks):
+        coming, waits = compaction.jobs.coming_blocks, compaction.admission.waits
+        for due in compaction.planner.spans(views.values(), free, coming, waits):
             yield due, views[due.request_id]
 
     def _is_free(self, request: Request) -> bool:

@@ -155,7 +155,9 @@ class Sequences:
         """What the queries of its prompt are going to be of use for, as far as can be told."""
         options = self.options(request)
         prompt, limit = request.num_prompt_tokens, options.threshold_tokens
-        if not options.enabled or (limit is not None and prompt + request.max_tokens <= limit):
+        segments = self._blocks.segments(request.request_id)
+        exact = self.longest(request) - (segments[-1].end if segments else 0)
+        if not options.enabled or (limit is not None and exact <= limit):
             return Use.PERHAPS
         if self.must_be_compacted(request):
             return Use.MUST
