@@ -62,7 +62,8 @@ class CompactionConfig:
     threshold: int | str | None = None
     """Uncompacted tokens that a sequence may hold; or a share of the KV pool such as `"80%"`:
     sequences are compacted, longest first, when more of the pool is in use, *instead of* being
-    preempted. null: 4096, or half of `--max-model-len` if that is less."""
+    preempted, or when a prompt waits as the pool could not hold it to its end. null: 4096, or half
+    of `--max-model-len` if that is less."""
     method: str = "highest-attention"
     """How keys are chosen and fitted: `highest-attention`, `omp`, `omp-fast` (the paper's),
     `peaks-and-coverage`, `peaks-and-coverage-auto`, `eliminate` (ours); `evict-mean`, `evict-max`,
