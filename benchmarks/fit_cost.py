@@ -56,23 +56,21 @@ def prompt_of(model: str, tokens: int) -> tuple[Path, list[int]]:
     return folder, tokenizer.encode(find_text(TEXT)[: 12 * tokens])[:tokens]
 
 
+def measured(model: Path, prompt: list[int], ratio: float | None) -> dict[str, float]:
+    """Seconds by what was done; stock vLLM where the ratio is None."""
+    job = {"model": str(model), "tokens": prompt, "ratio": ratio}
+    module, variables = "benchmarks.fit_cost_engine", environment(**ONE_THREAD)
+    found: dict[str, float] = run_fresh(module, job, variables, timeout=1800)
+    return found
+
+
 def rows_of(cases: Sequence[tuple[str, int]], ratios: Sequence[float]) -> Iterator[Row]:
     """Per case: stock vLLM, then a row for each ratio."""
     for model, tokens in cases:
         folder, prompt = prompt_of(model, tokens)
-
-        def measured(
-            ratio: float | None, folder: Path = folder, prompt: list[int] = prompt
-        ) -> dict[str, float]:
-            job = {"model": str(folder), "tokens": prompt, "ratio": ratio}
-            found: dict[str, float] = run_fresh(
-                "benchmarks.fit_cost_engine", job, environment(**ONE_THREAD), timeout=1800
-            )
-            return found
-
-        read = measured(None)["read"]
+        read = measured(folder, prompt, None)["read"]
         for ratio in ratios:
-            found = measured(ratio)
+            found = measured(folder, prompt, ratio)
             yield {
                 "model": model,
                 "prompt tokens": len(prompt),

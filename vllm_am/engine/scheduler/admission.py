@@ -84,11 +84,12 @@ class Admission:
         coming = self._jobs.all or self._queries.are_read
         self._patience = _STEPS_BETWEEN if coming else max(0, self._patience - 1)
         self.waits = False
-        if not waiting or not self._is_short(waiting, running):
+        # Where nobody can begin, nobody need be looked at: the queue may be long.
+        if not waiting or places <= 0 or not self._is_short(waiting, running):
             return None
         taken = 0.0
         rooms: dict[Use, float] = {}
-        for count, request in enumerate(islice(waiting, max(0, places))):
+        for count, request in enumerate(islice(waiting, places)):
             use = self._sequences.use_of_queries(request)
             if use in (Use.PERHAPS, Use.MUST):  # which waits for no room
                 continue

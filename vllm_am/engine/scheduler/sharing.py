@@ -12,7 +12,7 @@ from vllm_am.engine.scheduler.blocks import CompactingManager
 from vllm_am.engine.scheduler.compact_cache import Entry
 from vllm_am.engine.scheduler.journal import Journal
 from vllm_am.engine.scheduler.planner import Planner, Span
-from vllm_am.engine.scheduler.sequences import Sequences
+from vllm_am.engine.scheduler.sequences import SequenceOptions, Sequences
 
 
 class Sharing:
@@ -53,9 +53,8 @@ class Sharing:
         options = self._sequences.options(request)
         if not options.cache:
             return None
-        most = request.num_tokens - 1  # the last one is computed, for its logits
         limit = options.threshold_tokens
-        chain = self._blocks.cache.chain(request.block_hashes, most, self._slots_of(options.ratio))
+        chain = self._chain(request, options)
         # One that stays below the threshold would never be compacted.
         short = limit is not None and request.num_tokens <= limit
         while chain and (
@@ -71,6 +70,7 @@ class Sharing:
         # By the share of the pool that is in use, nothing need be compacted that is there.
         if limit is None and len(exact) * size >= end:
             return None
+        most = request.num_tokens - 1
         behind = list(self._blocks.cache.blocks_behind(chain, request.block_hashes, most))
         held = first + sum(len(entry.blocks) for entry in chain)
         live_tokens = request.num_tokens - end + held * size
@@ -87,10 +87,14 @@ class Sharing:
         options = self._sequences.options(request)
         if not options.cache:
             return 0
-        slots_of = self._slots_of(options.ratio)
-        cache = self._blocks.cache
-        chain = cache.chain(request.block_hashes, request.num_tokens - 1, slots_of)
+        chain = self._chain(request, options)
         return chain[-1].segment.end if chain else 0
+
+    def _chain(self, request: Request, options: SequenceOptions) -> tuple[Entry, ...]:
+        """The living entries that its text begins with."""
+        most = request.num_tokens - 1  # the last one is computed, for its logits
+        slots_of = self._slots_of(options.ratio)
+        return self._blocks.cache.chain(request.block_hashes, most, slots_of)
 
     def count(self, new: Iterable[Request]) -> None:
         """Count the requests that were admitted in this step, and what they have found."""
